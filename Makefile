@@ -1,0 +1,40 @@
+# Two commands: `make train` and `make test` do all their own set-up in .venv.
+PYTHON ?= python3
+TORCH ?= 2.13.0
+CONFIG ?= configs/quickstart.yaml
+ARGS ?=
+VENV := .venv
+BIN := $(VENV)/bin
+export PYTHONSAFEPATH := 1
+
+.PHONY: train test lint clean
+.DELETE_ON_ERROR:
+
+train: $(VENV)/.run-ready
+	$(BIN)/distattn train $(CONFIG) $(ARGS)
+
+test: lint
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(ARGS)
+
+lint: $(VENV)/.dev-ready
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/pyright
+
+clean:
+	rm -rf $(VENV) .pytest_cache .ruff_cache .hypothesis
+
+# An exact torch first: a range may pull another build than the one that the tests know.
+$(VENV)/.torch-ready:
+	$(PYTHON) -c 'import sys; v = sys.version_info[:2]; sys.exit(0 if (3, 11) <= v <= (3, 13) else "distattn needs Python 3.11 to 3.13, and $(PYTHON) is %d.%d: set PYTHON=…" % v)'
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check torch==$(TORCH)
+	touch $@
+
+$(VENV)/.run-ready: $(VENV)/.torch-ready pyproject.toml
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[data,plot]'
+	touch $@
+
+$(VENV)/.dev-ready: $(VENV)/.torch-ready pyproject.toml
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[dev]'
+	touch $@ $(VENV)/.run-ready

@@ -1,0 +1,171 @@
+"""The backward program, derived from the forward one by time reversal t → S − t. No scheduler writes or overrides it.
+
+    Attend at s              its backward at S − 1 − s, with the final (out, lse) and delta
+    KV_IN  a→b [i, d)        KV_OUT b→a [S − d, S − i)   dK, dV add up along the transposed forward tree
+    Q_IN   a→b [i, d)        Q_OUT  b→a [S − d, S − i)   dQ
+    Q_OUT  a→b [i, d)        Q_IN   b→a [S − d, S − i)   dO, LSE, delta (and q)
+
+Keys and values that are needed again are routed, not reversed: reversed, a chunk would have to come from the far end of its
+way. Each slot is filled in time for its first use, from a rank of its node that holds the same rows by then, else from home.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from distattn.parallel.csr import expand, segment_starts
+from distattn.parallel.program import (
+    ATTEND_KV,
+    ATTEND_STAGE,
+    KV_IN,
+    KV_OUT,
+    MOVE_DST,
+    MOVE_DUE,
+    MOVE_ISSUE,
+    MOVE_KIND,
+    MOVE_SRC,
+    Q_IN,
+    Q_OUT,
+    SLOT_H0,
+    SLOT_H1,
+    SLOT_RANK,
+    SLOT_ROWS,
+    Program,
+)
+
+_UNUSED = 1 << 40
+
+
+def derive_backward(program: Program, *, keep: bool = False, ranks_per_node: int | None = None) -> Program:
+    """The gradient program of a forward program.
+
+    keep: received keys and values were kept in the forward, so none are sent again.
+    ranks_per_node: size of a node, for which a chunk crosses once; None: all ranks are one node.
+    """
+    stages = program.num_stages
+    moves = program.moves.copy()
+    kind = program.moves[:, MOVE_KIND]
+    moves[:, MOVE_SRC], moves[:, MOVE_DST] = program.moves[:, MOVE_DST], program.moves[:, MOVE_SRC]
+    moves[:, MOVE_ISSUE] = stages - program.moves[:, MOVE_DUE]
+    moves[:, MOVE_DUE] = stages - program.moves[:, MOVE_ISSUE]
+    for forward, backward in ((Q_IN, Q_OUT), (KV_IN, KV_OUT), (Q_OUT, Q_IN)):
+        moves[kind == forward, MOVE_KIND] = backward
+    attends = program.attends.copy()
+    attends[:, ATTEND_STAGE] = stages - 1 - attends[:, ATTEND_STAGE]
+    row_ptr, row_ranges = program.row_ptr, program.row_ranges
+    prologue = 0
+    if not keep:
+        refill, row_ptr, row_ranges = _route_keys(program, attends, ranks_per_node or program.num_ranks)
+        prologue = max(0, -int(refill[:, MOVE_ISSUE].min(initial=0)))
+        moves = np.concatenate([moves, refill])
+    moves[:, [MOVE_ISSUE, MOVE_DUE]] += prologue
+    attends[:, ATTEND_STAGE] += prologue
+    moves = moves[np.lexsort((moves[:, MOVE_DUE], moves[:, MOVE_ISSUE]))]
+    attends = attends[np.argsort(attends[:, ATTEND_STAGE], kind="stable")]
+    return Program(
+        heads=program.heads,
+        kv_heads=program.kv_heads,
+        layout=program.layout,
+        row_ptr=row_ptr,
+        row_ranges=row_ranges,
+        slots=program.slots,
+        moves=moves,
+        attends=attends,
+        num_stages=stages + prologue,
+        backward=True,
+        keep=keep,
+        version=program.version,
+    )
+
+
+def _route_keys(
+    program: Program, attends: np.ndarray, ranks_per_node: int
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """KV_IN moves that fill every received KV slot by its first backward use, and the row sets with those added."""
+    slots = program.slots
+    filled = np.unique(program.moves[program.moves[:, MOVE_KIND] == KV_IN, MOVE_DST])
+    first_use = np.full(len(slots), _UNUSED, np.int64)
+    np.minimum.at(first_use, attends[:, ATTEND_KV], attends[:, ATTEND_STAGE])
+    # A slot that only passed keys on is not computed with: dK, dV pass through it, but its keys are not needed again.
+    filled = filled[first_use[filled] < _UNUSED]
+    filled = filled[np.argsort(first_use[filled], kind="stable")]
+    time = first_use[filled]
+    by_home, row_ptr, row_ranges = _owners(program, slots[filled, SLOT_ROWS])
+    source, from_home = _nearest(program, filled, time, by_home, ranks_per_node)
+    relayed = np.flatnonzero(~from_home)
+    relays = np.stack(
+        [
+            np.full(len(relayed), KV_IN), source[relayed], filled[relayed], slots[filled[relayed], SLOT_ROWS],
+            time[relayed] - 1, time[relayed],
+        ],
+        1,
+    )  # fmt: skip
+    owner_ptr, owner, part = by_home
+    which, flat = expand(owner_ptr[:-1][from_home], np.diff(owner_ptr)[from_home])
+    direct = np.flatnonzero(from_home)[which]
+    homes = np.stack(
+        [np.full(len(direct), KV_IN), 2 * owner[flat] + 1, filled[direct], part[flat], time[direct] - 1, time[direct]],
+        1,
+    )
+    return np.concatenate([relays, homes]), row_ptr, row_ranges
+
+
+def _owners(
+    program: Program, row_sets: np.ndarray
+) -> tuple[tuple[np.ndarray, np.ndarray, np.ndarray], np.ndarray, np.ndarray]:
+    """Split row sets by the rank that owns the rows: ((CSR pointer, owner, row set of the part), new row_ptr, new ranges)."""
+    layout = program.layout
+    order = np.argsort(layout.ranges[:, 0], kind="stable")
+    starts, ends, owners = layout.ranges[order, 0], layout.ranges[order, 1], layout.range_owner[order]
+    distinct, inverse = np.unique(row_sets, return_inverse=True)
+    which, flat = expand(program.row_ptr[distinct], program.row_ptr[distinct + 1] - program.row_ptr[distinct])
+    ranges = program.row_ranges[flat]
+    lo = np.searchsorted(starts, ranges[:, 0], "right") - 1
+    hi = np.searchsorted(starts, ranges[:, 1], "left")
+    piece, at = expand(lo, hi - lo)
+    q0, q1 = np.maximum(ranges[piece, 0], starts[at]), np.minimum(ranges[piece, 1], ends[at])
+    key_set, owner = which[piece], owners[at]
+    by = np.lexsort((np.arange(len(piece)), owner, key_set))
+    key_set, owner, q0, q1 = key_set[by], owner[by], q0[by], q1[by]
+    first = segment_starts(key_set, owner)
+    new_ids = len(program.row_ptr) - 1 + np.arange(len(first))
+    part_counts = np.diff(np.append(first, len(q0)))
+    row_ptr = np.concatenate([program.row_ptr, program.row_ptr[-1] + np.cumsum(part_counts)])
+    row_ranges = np.concatenate([program.row_ranges, np.stack([q0, q1], 1)])
+    ptr = np.searchsorted(key_set[first], np.arange(len(distinct) + 1))
+    _, flat = expand(ptr[inverse], (ptr[1:] - ptr[:-1])[inverse])
+    out_ptr = np.concatenate([[0], np.cumsum((ptr[1:] - ptr[:-1])[inverse])])
+    return (out_ptr, owner[first][flat], new_ids[flat]), row_ptr, row_ranges
+
+
+def _nearest(
+    program: Program,
+    filled: np.ndarray,
+    time: np.ndarray,
+    by_home: tuple[np.ndarray, np.ndarray, np.ndarray],
+    ranks_per_node: int,
+) -> tuple[np.ndarray, np.ndarray]:
+    """For each filled slot (sorted by time): the holder in its node to copy from, or whether to ask the homes.
+
+    A home in the same node is as near as any holder; otherwise the holder that got the same rows last before this slot's time.
+    """
+    slots = program.slots
+    owner_ptr, owner, _ = by_home
+    node = slots[filled, SLOT_RANK] // ranks_per_node
+    which, flat = expand(owner_ptr[:-1], np.diff(owner_ptr))
+    local = np.ones(len(filled), bool)
+    local[which[owner[flat] // ranks_per_node != node[which]]] = False
+    same = np.stack([slots[filled, SLOT_ROWS], slots[filled, SLOT_H0], slots[filled, SLOT_H1], node], 1)
+    _, group = np.unique(same, axis=0, return_inverse=True)
+    group = group.ravel()
+    order = np.lexsort((time, group))
+    group_s, time_s = group[order], time[order]
+    span = int(time.max(initial=0)) + 2
+    # The last member of the same group with a strictly smaller time.
+    key = group_s * span + time_s
+    before = np.searchsorted(key, key, "left") - 1
+    found = before >= 0
+    found[found] = group_s[before[found]] == group_s[found]
+    source = np.full(len(filled), -1, np.int64)
+    source[order[found]] = filled[order[before[found]]]
+    return source, local | (source < 0)
