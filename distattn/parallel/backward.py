@@ -16,6 +16,7 @@ import numpy as np
 from distattn.parallel.csr import expand, segment_starts
 from distattn.parallel.program import (
     ATTEND_KV,
+    ATTEND_Q,
     ATTEND_STAGE,
     KV_IN,
     KV_OUT,
@@ -52,6 +53,7 @@ def derive_backward(program: Program, *, keep: bool = False, ranks_per_node: int
         moves[kind == forward, MOVE_KIND] = backward
     attends = program.attends.copy()
     attends[:, ATTEND_STAGE] = stages - 1 - attends[:, ATTEND_STAGE]
+    moves = _without_empty_results(moves, attends, program)
     row_ptr, row_ranges = program.row_ptr, program.row_ranges
     prologue = 0
     if not keep:
@@ -76,6 +78,20 @@ def derive_backward(program: Program, *, keep: bool = False, ranks_per_node: int
         keep=keep,
         version=program.version,
     )
+
+
+def _without_empty_results(moves: np.ndarray, attends: np.ndarray, program: Program) -> np.ndarray:
+    """Drop reductions out of slots that neither compute nor receive a gradient: a copy that the forward made for nothing."""
+    computes = np.zeros(len(program.slots), bool)
+    computes[attends[:, [ATTEND_Q, ATTEND_KV]]] = True
+    while True:
+        reduces = np.isin(moves[:, MOVE_KIND], (Q_OUT, KV_OUT))
+        has_result = computes.copy()
+        has_result[moves[reduces, MOVE_DST]] = True
+        empty = reduces & ~has_result[moves[:, MOVE_SRC]]
+        if not empty.any():
+            return moves
+        moves = moves[~empty]
 
 
 def _route_keys(

@@ -296,6 +296,7 @@ def _check_results(program: Program, classes: _Classes) -> None:
         has_result &= slots[:, SLOT_KIND] == Q
     wanted = program.row_counts[slots[:, SLOT_ROWS]]
     _require((sent == wanted)[has_result], "a partial result never reaches its owner")
+    _require(sent[~has_result] == 0, "a slot without a result sends one")
 
 
 def _check_coverage(program: Program, mask: Mask) -> None:

@@ -98,10 +98,10 @@ def assert_harmless(program: Program, mask: Mask, name: str) -> None:
     for keep in (False, True):
         backward = derive_backward(program, keep=keep)
         verify(backward, mask)
-        got = run_in_process(
-            program, mask, q, k, v, do, backend=BACKENDS["reference"], backward_program=backward, poison=True
-        )
-        for part, x, y in zip(("out", "lse", "dq", "dk", "dv"), (got.out, got.lse, got.dq, got.dk, got.dv), expected, strict=True):
+        got = run_in_process(program, mask, q, k, v, do, backend=BACKENDS["reference"], backward_program=backward, poison=True)
+        for part, x, y in zip(
+            ("out", "lse", "dq", "dk", "dv"), (got.out, got.lse, got.dq, got.dk, got.dv), expected, strict=True
+        ):
             assert x is not None
             torch.testing.assert_close(x, y, rtol=0, atol=1e-10, msg=lambda m, p=part: f"{name}, keep={keep}, {p}: {m}")
 

@@ -1,0 +1,375 @@
+"""``attention``: exact attention over rows that are spread over ranks, as one differentiable call.
+
+    out = attention(q, k, v, plan)                            whole call: post, compute, wait
+    handle = attention_begin(q, k, v, plan)                   split phase: post the inputs,
+    attention_compute(handle);  out = attention_finish(handle)             … compute,        … wait for results
+
+The whole call is a ``torch.library`` operator, so that it works at ``torch.compile`` boundaries and a selective checkpoint
+policy can save its outputs. Under plain activation checkpointing the recomputation repeats attention *and its
+communication*; with ``context_fn=distattn.checkpoint_contexts`` it repeats neither.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Generator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint_contexts
+
+from distattn.errors import InputError
+from distattn.kernels import Case
+from distattn.kernels.merge import accumulation_dtype
+from distattn.parallel.executor import POSTED, Execution, Kernel, output_gradient_sums
+from distattn.planning import DTYPES, Plan, plan_of
+
+_FEATURE_ALIGNMENT = 8
+"""Head dimensions that a key bias has widened are padded to a multiple of this, as kernels want them."""
+
+
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    plan: Plan,
+    *,
+    scale: float | None = None,
+    sink: Tensor | None = None,
+    softcap: float | None = None,
+    key_bias: Tensor | None = None,
+    return_lse: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Exact softmax attention of this rank's queries over the keys and values of all ranks of the plan. Collective.
+
+        s = softcap · tanh((scale · q kᵀ + key_bias) / softcap)  where the mask allows, −inf elsewhere
+        out = softmax([s, sink]) [v; 0]
+
+    q [B, S_local, H, D], k [B, S_local, Hk, D], v [B, S_local, Hk, Dv]: one floating dtype, any strides; row i is global
+    row ``plan.positions[i]``. scale: default D^−½. sink [H]: a learnable logit per head that takes weight and gives none.
+    softcap: positive, or None. key_bias [S_local] or [B, S_local, Hk]: a finite logit added for each key.
+
+    Returns out [B, S_local, H, Dv] in q's dtype; with return_lse also lse [B, S_local, H] in fp32 (fp64), the sink
+    included. Rows that see no key give out 0 and lse −inf (or the sink), and gradients 0. Everything is differentiable;
+    q, k, v, out and lse are saved. If one rank runs the backward, all must.
+
+    Raises InputError naming the argument, UnsupportedError if no kernel computes the case, and TransportError if a
+    transfer fails or does not end in time.
+    """
+    call = _prepare(q, k, v, plan, scale, sink, softcap, key_bias, return_lse)
+    out, lse = _attention(call.q, call.k, call.v, plan.handle, call.scale, softcap or 0.0, call.lse_gradient)
+    return _with_sink(out, lse, sink, return_lse)
+
+
+def checkpoint_policy(ctx: Any, op: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
+    """Selective checkpointing: save what attention computed, recompute the rest (torch.utils.checkpoint)."""
+    saved = op == torch.ops.distattn.attention.default
+    return CheckpointPolicy.MUST_SAVE if saved else CheckpointPolicy.PREFER_RECOMPUTE
+
+
+def checkpoint_contexts() -> tuple[Any, Any]:
+    """For ``torch.utils.checkpoint.checkpoint(fn, *args, use_reentrant=False, context_fn=checkpoint_contexts)``: the
+    recomputation repeats neither attention nor its communication."""
+    return create_selective_checkpoint_contexts(checkpoint_policy)
+
+
+@dataclass(frozen=True)
+class _Call:
+    """Validated arguments; q and k already carry the key bias as extra features."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    scale: float
+    lse_gradient: bool
+
+
+def _prepare(
+    q: Tensor, k: Tensor, v: Tensor, plan: Plan, scale: float | None, sink: Tensor | None, softcap: float | None,
+    key_bias: Tensor | None, return_lse: bool,
+) -> _Call:  # fmt: skip
+    _check_inputs(q, k, v, plan)
+    if softcap is not None and not softcap > 0:
+        raise InputError(f"softcap must be positive or None, got {softcap}")
+    if sink is not None and tuple(sink.shape) != (plan.heads,):
+        raise InputError(f"sink must have one logit a query head, shape ({plan.heads},), got {tuple(sink.shape)}")
+    if scale is None:
+        scale = q.shape[-1] ** -0.5
+    if key_bias is not None:
+        q, k = _augment(q, k, key_bias, scale)
+    return _Call(q, k, v, scale, return_lse or sink is not None)
+
+
+def _check_inputs(q: Tensor, k: Tensor, v: Tensor, plan: Plan) -> None:
+    """Shapes, dtypes and devices against the plan."""
+    if not isinstance(plan, Plan):
+        raise InputError(f"plan must come from distattn.plan, got {type(plan).__name__}")
+    rows = plan.num_local_rows
+    expected = {
+        "q": (q, plan.heads, plan.head_dim),
+        "k": (k, plan.kv_heads, plan.head_dim),
+        "v": (v, plan.kv_heads, plan.value_dim),
+    }
+    for name, (x, heads, width) in expected.items():
+        if x.ndim != 4 or tuple(x.shape[1:]) != (rows, heads, width) or x.shape[0] != q.shape[0]:
+            batch = q.shape[0] if name != "q" and q.ndim == 4 else "B"
+            raise InputError(
+                f"{name} must have shape [{batch}, {rows}, {heads}, {width}] (rows of rank {plan.rank}, heads and head "
+                f"dimension of the plan), got {list(x.shape)}"
+            )
+        if x.dtype != q.dtype or x.dtype not in DTYPES:
+            raise InputError(f"{name} is {x.dtype}; q, k and v must share one of {', '.join(map(str, DTYPES))}")
+        if plan.dtype is not None and x.dtype != plan.dtype:
+            raise InputError(f"{name} is {x.dtype}, but the plan was made for {plan.dtype}")
+        if x.device != q.device:
+            raise InputError(f"{name} is on {x.device}, q is on {q.device}; all inputs must be on one device")
+
+
+def _augment(q: Tensor, k: Tensor, key_bias: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    """q and k with feature columns whose product is the bias: [q, 1…] · [k, bias/scale…].
+
+    In 16 bits the bias is split into three parts that sum to it in fp32; gradients flow through the first. The head
+    dimension is padded with zeros.
+    """
+    batch, rows, kv_heads, width = k.shape
+    if tuple(key_bias.shape) not in ((rows,), (batch, rows, kv_heads)):
+        raise InputError(
+            f"key_bias must have shape [{rows}] or [{batch}, {rows}, {kv_heads}], got {list(key_bias.shape)}"
+        )
+    if scale == 0:
+        raise InputError("key_bias needs a scale other than 0")
+    if key_bias.device.type == "cpu" and not torch.compiler.is_compiling() and not bool(key_bias.isfinite().all()):
+        raise InputError("key_bias must be finite; hide keys with the mask instead of a bias of -inf")
+    if key_bias.ndim == 1:
+        key_bias = key_bias[None, :, None].expand(batch, rows, kv_heads)
+    bias = key_bias.to(accumulation_dtype(k.dtype)) / scale
+    parts = [bias.to(k.dtype)]
+    if k.dtype.itemsize == 2:
+        rest = (bias - parts[0].to(bias.dtype)).detach()
+        parts.append(rest.to(k.dtype))
+        parts.append((rest - parts[1].to(bias.dtype)).to(k.dtype))
+    padding = -(width + len(parts)) % _FEATURE_ALIGNMENT
+    ones = q.new_ones((*q.shape[:-1], len(parts)))
+    zeros = k.new_zeros((*k.shape[:-1], padding))
+    q = torch.cat([q, ones, q.new_zeros((*q.shape[:-1], padding))], -1)
+    return q, torch.cat([k, torch.stack(parts, -1), zeros], -1)
+
+
+def _with_sink(out: Tensor, lse: Tensor, sink: Tensor | None, return_lse: bool) -> Tensor | tuple[Tensor, Tensor]:
+    """out · σ(lse − sink): what a key of logit ``sink`` and value 0 would leave."""
+    if sink is not None:
+        logits = sink.to(lse.dtype)
+        out = (out * torch.sigmoid(lse - logits).unsqueeze(-1)).to(out.dtype)
+        lse = torch.logaddexp(lse, logits.expand_as(lse))
+    return (out, lse) if return_lse else out
+
+
+# The operator. Plans travel as handles, since operators take tensors and numbers only.
+
+
+def _kernel(plan: Plan, q: Tensor, v: Tensor, scale: float, softcap: float, lse_gradient: bool) -> Kernel:
+    case = Case(
+        device_type=q.device.type,
+        dtype=q.dtype,
+        head_dim=q.shape[-1],
+        value_dim=v.shape[-1],
+        heads=plan.heads,
+        kv_heads=plan.kv_heads,
+        softcap=softcap != 0,
+        lse_gradient=lse_gradient,
+        deterministic=plan.deterministic,
+    )
+    return Kernel(plan.backend(case), scale, softcap or None)
+
+
+def _forward(plan: Plan, q: Tensor, k: Tensor, v: Tensor, kernel: Kernel) -> Execution:
+    return Execution(plan.lowered, plan.transport, kernel, {"q": q, "k": k, "v": v}, label=plan.strategy)
+
+
+def _backward(
+    plan: Plan, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, do: Tensor, dlse: Tensor | None, kernel: Kernel
+) -> Execution:
+    do = do.to(q.dtype)
+    home = {"q": q, "k": k, "v": v, "do": do, "lse": lse, "delta": output_gradient_sums(out, do, dlse)}
+    if kernel.backend.needs_out:
+        home["out"] = out
+    return Execution(plan.lowered_backward, plan.transport, kernel, home, label=plan.strategy)
+
+
+@torch.library.custom_op("distattn::attention", mutates_args=())
+def _attention(
+    q: Tensor, k: Tensor, v: Tensor, plan: int, scale: float, softcap: float, lse_gradient: bool
+) -> tuple[Tensor, Tensor]:
+    made = plan_of(plan)
+    execution = _forward(made, q, k, v, _kernel(made, q, v, scale, softcap, lse_gradient))
+    execution.run()
+    out, lse = execution.result()
+    return out, lse
+
+
+@_attention.register_fake
+def _(q: Tensor, k: Tensor, v: Tensor, plan: int, scale: float, softcap: float, lse_gradient: bool):  # noqa: ANN202
+    return q.new_empty((*q.shape[:-1], v.shape[-1])), q.new_empty(q.shape[:-1], dtype=accumulation_dtype(q.dtype))
+
+
+@torch.library.custom_op("distattn::attention_backward", mutates_args=())
+def _attention_backward(
+    do: Tensor, dlse: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, plan: int, scale: float,
+    softcap: float, lse_gradient: bool,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    made = plan_of(plan)
+    kernel = _kernel(made, q, v, scale, softcap, lse_gradient)
+    execution = _backward(made, q, k, v, out, lse, do, dlse if lse_gradient else None, kernel)
+    execution.run()
+    dq, dk, dv = execution.result()
+    return dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype)
+
+
+@_attention_backward.register_fake
+def _(do: Tensor, dlse: Tensor, q: Tensor, k: Tensor, v: Tensor, *rest: Any):  # noqa: ANN202
+    return tuple(x.new_empty(x.shape) for x in (q, k, v))
+
+
+def _save(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor]) -> None:
+    q, k, v, *ctx.numbers = inputs
+    ctx.save_for_backward(q, k, v, *output)
+
+
+def _differentiate(ctx: Any, do: Tensor, dlse: Tensor) -> tuple:
+    return *_attention_backward(do, dlse, *ctx.saved_tensors, *ctx.numbers), None, None, None, None
+
+
+_attention.register_autograd(_differentiate, setup_context=_save)
+
+
+# Split phase: three autograd nodes. Autograd runs them in the exact reverse of their creation order, so the backward
+# posts in Finish, computes in Compute and waits in Begin: nothing needs forcing.
+
+
+class AttentionHandle:
+    """One attention call in flight, from ``attention_begin`` to ``attention_finish``."""
+
+    def __init__(self, plan: Plan, kernel: Kernel, sink: Tensor | None, return_lse: bool, lse_gradient: bool) -> None:
+        self.plan, self.kernel = plan, kernel
+        self.sink, self.return_lse, self.lse_gradient = sink, return_lse, lse_gradient
+        self.forward: _Phases | None = None
+        self.backward: _Phases | None = None
+        self.inputs: tuple[Tensor, Tensor, Tensor] | None = None
+        self.token: Tensor | None = None
+
+
+class _Phases:
+    """An execution advanced in three phases. Phase borders are the same on all ranks, so their posts stay in one order."""
+
+    def __init__(self, execution: Execution) -> None:
+        self.execution = execution
+        self._steps: Generator[tuple[str, int], None, None] = execution.steps()
+        next(self._steps)  # up to the posts of time 0
+
+    def compute(self) -> None:
+        """Everything but the waits after the last work of any rank."""
+        last = self.execution.lowered.last_work
+        for what, time in self._steps:
+            if time == last and what != POSTED:
+                return
+
+    def finish(self) -> tuple[Tensor, ...]:
+        for _ in self._steps:
+            pass
+        return self.execution.result()
+
+
+def attention_begin(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    plan: Plan,
+    *,
+    scale: float | None = None,
+    sink: Tensor | None = None,
+    softcap: float | None = None,
+    key_bias: Tensor | None = None,
+    return_lse: bool = False,
+) -> AttentionHandle:
+    """First phase of ``attention``, same arguments: posts the inputs and returns at once. Collective.
+
+    What one micro-batch sends can fly while another computes. Every rank must call the phases in the same order. Run one
+    ``backward()`` from one root: it then goes through the phases in reverse.
+    """
+    call = _prepare(q, k, v, plan, scale, sink, softcap, key_bias, return_lse)
+    kernel = _kernel(plan, call.q, call.v, call.scale, softcap or 0.0, call.lse_gradient)
+    handle = AttentionHandle(plan, kernel, sink, return_lse, call.lse_gradient)
+    handle.inputs = (call.q.detach(), call.k.detach(), call.v.detach())
+    handle.token = _Begin.apply(call.q, call.k, call.v, handle)
+    return handle
+
+
+def attention_compute(handle: AttentionHandle) -> None:
+    """Second, optional phase: computes, and sends results off without waiting for any."""
+    _check_handle(handle)
+    handle.token = _Compute.apply(handle.token, handle)
+
+
+def attention_finish(handle: AttentionHandle) -> Tensor | tuple[Tensor, Tensor]:
+    """Last phase: waits for the results and returns what ``attention`` returns. A handle can be finished once."""
+    _check_handle(handle)
+    assert handle.inputs is not None
+    out, lse = _Finish.apply(handle.token, handle, *handle.inputs)
+    handle.token = handle.inputs = None
+    return _with_sink(out, lse, handle.sink, handle.return_lse)
+
+
+def _check_handle(handle: AttentionHandle) -> None:
+    if handle.token is None:
+        raise InputError("this handle is finished; attention_begin makes a new one for each call")
+
+
+class _Begin(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, handle: AttentionHandle) -> Tensor:
+        ctx.handle, ctx.dtype = handle, q.dtype
+        handle.forward = _Phases(_forward(handle.plan, q.detach(), k.detach(), v.detach(), handle.kernel))
+        return q.new_zeros(())
+
+    @staticmethod
+    def backward(ctx: Any, _: Tensor) -> tuple:  # pyright: ignore[reportIncompatibleMethodOverride]
+        phases = ctx.handle.backward
+        ctx.handle.backward = None
+        return *(x.to(ctx.dtype) for x in phases.finish()), None
+
+
+class _Compute(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, token: Tensor, handle: AttentionHandle) -> Tensor:
+        ctx.handle = handle
+        assert handle.forward is not None
+        handle.forward.compute()
+        return token.clone()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple:  # pyright: ignore[reportIncompatibleMethodOverride]
+        ctx.handle.backward.compute()
+        return grad, None
+
+
+class _Finish(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, token: Tensor, handle: AttentionHandle, q: Tensor, k: Tensor, v: Tensor
+    ) -> tuple[Tensor, ...]:
+        ctx.handle = handle
+        assert handle.forward is not None
+        out, lse = handle.forward.finish()
+        handle.forward = None
+        ctx.save_for_backward(q, k, v, out, lse)
+        return out, lse
+
+    @staticmethod
+    def backward(ctx: Any, do: Tensor, dlse: Tensor) -> tuple:  # pyright: ignore[reportIncompatibleMethodOverride]
+        handle: AttentionHandle = ctx.handle
+        execution = _backward(
+            handle.plan, *ctx.saved_tensors, do, dlse if handle.lse_gradient else None, handle.kernel
+        )
+        handle.backward = _Phases(execution)
+        return do.new_zeros(()), None, None, None, None

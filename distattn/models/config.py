@@ -1,0 +1,128 @@
+"""The shape of a decoder, as frozen dataclasses that OmegaConf checks; parameter and FLOP counts follow from it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from distattn.errors import ConfigError
+
+ROPE_SCALINGS = ("none", "linear", "dynamic_ntk", "yarn", "llama3")
+
+
+@dataclass(frozen=True)
+class RopeConfig:
+    """Rotary position embedding and how it is stretched beyond the context that the model was first trained on.
+
+    theta: base of the frequencies. scaling: one of ``ROPE_SCALINGS``; all others than ``none`` use factor and
+    original_seq_len (tokens). seq_len (tokens): dynamic_ntk only, the length that the frequencies are computed for; a
+    setting and not the length of the batch, so that every rank and every packed document rotates alike. beta_fast,
+    beta_slow (rotations over the original context) and attention_factor (multiplies cos and sin; 0 means YaRN's
+    0.1·ln(factor) + 1): yarn only. low_freq_factor, high_freq_factor: llama3 only.
+    """
+
+    theta: float = 10_000.0
+    scaling: str = "none"
+    factor: float = 1.0
+    original_seq_len: int = 8192
+    seq_len: int = 8192
+    beta_fast: float = 32.0
+    beta_slow: float = 1.0
+    attention_factor: float = 0.0
+    low_freq_factor: float = 1.0
+    high_freq_factor: float = 4.0
+
+    def validate(self, head_dim: int, key: str = "model.rope") -> None:
+        """Raise ConfigError for the first value that cannot be used; ``key`` is the section's name in messages."""
+        if self.scaling not in ROPE_SCALINGS:
+            raise ConfigError(f"{key}.scaling is {self.scaling!r}, but it must be one of {', '.join(ROPE_SCALINGS)}.")
+        _require(self.theta > 1, f"{key}.theta", self.theta, "greater than 1")
+        _require(self.factor >= 1, f"{key}.factor", self.factor, "at least 1")
+        _require(self.original_seq_len >= 1, f"{key}.original_seq_len", self.original_seq_len, "at least 1 token")
+        if self.scaling == "dynamic_ntk":
+            _require(self.seq_len >= 1, f"{key}.seq_len", self.seq_len, "at least 1 token")
+            _require(head_dim > 2, "model.head_dim", head_dim, "greater than 2 for dynamic_ntk scaling")
+        if self.scaling == "yarn":
+            allowed = f"greater than 0 and less than {key}.beta_fast = {self.beta_fast}"
+            _require(0 < self.beta_slow < self.beta_fast, f"{key}.beta_slow", self.beta_slow, allowed)
+            allowed = "at least 0 (0 means 0.1·ln(factor) + 1)"
+            _require(self.attention_factor >= 0, f"{key}.attention_factor", self.attention_factor, allowed)
+        if self.scaling == "llama3":
+            allowed = f"greater than 0 and less than {key}.high_freq_factor = {self.high_freq_factor}"
+            valid = 0 < self.low_freq_factor < self.high_freq_factor
+            _require(valid, f"{key}.low_freq_factor", self.low_freq_factor, allowed)
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """A pre-norm decoder: RMSNorm, RoPE, grouped-query attention, SwiGLU. The defaults are the quickstart's shape.
+
+    dim is the width of the residual stream and ffn_dim that of the gated hidden layer. heads × head_dim need not equal
+    dim. Linear layers have no biases. sliding_window: keys that a query sees at most, itself included, within its
+    document; 0 is the whole document. (The plan's mask decides; this is for whoever makes the plan.) init_std: standard
+    deviation of the initial weights; those that write to the residual stream get init_std / sqrt(2 · num_layers).
+    """
+
+    vocab_size: int = 256
+    dim: int = 192
+    num_layers: int = 4
+    num_heads: int = 12
+    num_kv_heads: int = 4
+    head_dim: int = 16
+    ffn_dim: int = 512
+    norm_eps: float = 1e-5
+    qk_norm: bool = False
+    tie_embeddings: bool = True
+    sliding_window: int = 0
+    init_std: float = 0.02
+    rope: RopeConfig = field(default_factory=RopeConfig)
+
+    def validate(self) -> None:
+        """Raise ConfigError, naming key, value and what is allowed, for the first value that cannot be used."""
+        for name in ("vocab_size", "dim", "num_layers", "num_heads", "num_kv_heads", "head_dim", "ffn_dim"):
+            _require(getattr(self, name) >= 1, f"model.{name}", getattr(self, name), "at least 1")
+        if self.num_heads % self.num_kv_heads:
+            divisors = [n for n in range(1, self.num_heads + 1) if self.num_heads % n == 0]
+            raise ConfigError(
+                f"model.num_kv_heads is {self.num_kv_heads}, but it must divide model.num_heads = {self.num_heads}: "
+                f"use one of {', '.join(map(str, divisors))}."
+            )
+        _require(self.head_dim % 2 == 0, "model.head_dim", self.head_dim, "even, because RoPE rotates pairs")
+        _require(0 < self.norm_eps < 1, "model.norm_eps", self.norm_eps, "between 0 and 1")
+        allowed = "at least 0 (0 is the whole document)"
+        _require(self.sliding_window >= 0, "model.sliding_window", self.sliding_window, allowed)
+        _require(self.init_std > 0, "model.init_std", self.init_std, "greater than 0")
+        self.rope.validate(self.head_dim)
+
+    def num_parameters(self) -> int:
+        """Trainable parameters; tied embeddings are counted once."""
+        embedding = self.vocab_size * self.dim
+        norms = self.num_layers * (2 * self.dim + (2 * self.head_dim if self.qk_norm else 0)) + self.dim
+        return self._block_matmul_parameters() + norms + embedding * (1 if self.tie_embeddings else 2)
+
+    def attention_flops(self, mask_area: int) -> int:
+        """Forward and backward attention FLOPs of all layers for ``mask_area`` allowed (query, key) pairs.
+
+        4 · area · heads · head_dim forward (q kᵀ and p v at 2 FLOPs a multiply-add), twice that backward: 12 in all.
+        That is the model-FLOPs convention of MFU (PaLM, appendix B): the product q kᵀ that flash kernels repeat in the
+        backward (then 2.5 times the forward) is not counted, nor is activation checkpointing. The area is exact, so
+        causal masks and packed documents get no credit for pairs that they skip.
+        """
+        return 12 * mask_area * self.num_heads * self.head_dim * self.num_layers
+
+    def flops_per_token(self, mask_area: int, num_tokens: int) -> float:
+        """Mean training FLOPs (forward and backward) of a token in a stream of num_tokens under a mask of that area.
+
+        6 · N + attention_flops(mask_area) / num_tokens, with N the weights that are multiplied: the output projection
+        counts (tied or not), the embedding look-up and the norms do not.
+        """
+        matmul_parameters = self._block_matmul_parameters() + self.vocab_size * self.dim
+        return 6.0 * matmul_parameters + self.attention_flops(mask_area) / max(num_tokens, 1)
+
+    def _block_matmul_parameters(self) -> int:
+        attention = self.dim * self.head_dim * 2 * (self.num_heads + self.num_kv_heads)
+        return self.num_layers * (attention + 3 * self.dim * self.ffn_dim)
+
+
+def _require(condition: bool, key: str, value: object, allowed: str) -> None:
+    if not condition:
+        raise ConfigError(f"{key} is {value}, but it must be {allowed}.")

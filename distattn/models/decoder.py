@@ -1,0 +1,220 @@
+"""The decoder: pre-norm blocks of grouped-query attention and SwiGLU over this rank's tokens of a packed stream.
+
+x = embedding[tokens]
+x = x + O attention(rope(Q n(x)), rope(K n(x)), V n(x));  x = x + W_down (silu(W_gate n(x)) · W_up n(x))   for each block
+hidden = n(x);  logits = hidden W_outputᵀ, only ever in chunks (``distattn.models.loss``)
+
+n is RMSNorm. Only attention sees other ranks' tokens, so everything else is ordinary code over ``[B, T_local, ...]``.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, distribute_tensor
+
+from distattn.attention import attention
+from distattn.errors import InputError
+from distattn.models.config import ModelConfig
+from distattn.models.loss import chunked_cross_entropy, per_token_loss
+from distattn.models.rope import Rotation, apply_rotation, make_rotation
+from distattn.planning import Plan
+
+BlockRunner = Callable[..., Tensor]
+"""``run(function, *args) -> function(*args)``, perhaps under activation checkpointing."""
+
+
+class StreamInfo:
+    """What each block needs to know of the token stream besides the hidden states.
+
+    A plain class: FSDP2 rebuilds the dataclasses that a block is called with, tensor by tensor, and a plan is not to be
+    rebuilt.
+    """
+
+    __slots__ = ("plan", "rotation")
+
+    def __init__(self, plan: Plan, rotation: Rotation) -> None:
+        self.plan = plan
+        self.rotation = rotation
+
+
+class RMSNorm(nn.Module):
+    """x / sqrt(mean(x²) + eps) · weight over the last dimension (arXiv 1910.07467), in fp32 for half-precision x."""
+
+    def __init__(self, dim: int, eps: float) -> None:
+        super().__init__()
+        self.eps = eps
+        self.weight = nn.Parameter(torch.ones(dim))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.rms_norm(x, self.weight.shape, self.weight.to(x.dtype), self.eps)
+
+
+class Attention(nn.Module):
+    """Grouped-query attention over the sharded stream: query head h uses KV head h // (num_heads // num_kv_heads)."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.head_dim = config.head_dim
+        self.q = _linear(config.dim, config.num_heads * config.head_dim)
+        self.k = _linear(config.dim, config.num_kv_heads * config.head_dim)
+        self.v = _linear(config.dim, config.num_kv_heads * config.head_dim)
+        self.o = _linear(config.num_heads * config.head_dim, config.dim)
+        self.q_norm = RMSNorm(config.head_dim, config.norm_eps) if config.qk_norm else nn.Identity()
+        self.k_norm = RMSNorm(config.head_dim, config.norm_eps) if config.qk_norm else nn.Identity()
+
+    def forward(self, x: Tensor, stream: StreamInfo) -> Tensor:
+        heads = (*x.shape[:2], -1, self.head_dim)
+        q = apply_rotation(self.q_norm(self.q(x).view(heads)), stream.rotation)
+        k = apply_rotation(self.k_norm(self.k(x).view(heads)), stream.rotation)
+        out = attention(q, k, self.v(x).view(heads), stream.plan)
+        assert isinstance(out, Tensor)
+        return self.o(out.flatten(2))
+
+
+class FeedForward(nn.Module):
+    """SwiGLU (arXiv 2002.05202): W_down (silu(W_gate x) · W_up x)."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.gate = _linear(config.dim, config.ffn_dim)
+        self.up = _linear(config.dim, config.ffn_dim)
+        self.down = _linear(config.ffn_dim, config.dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down(F.silu(self.gate(x)) * self.up(x))
+
+
+class Block(nn.Module):
+    """One layer: hidden [B, T_local, dim] to the same."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.attention_norm = RMSNorm(config.dim, config.norm_eps)
+        self.attention = Attention(config)
+        self.feed_forward_norm = RMSNorm(config.dim, config.norm_eps)
+        self.feed_forward = FeedForward(config)
+        self.run: BlockRunner = _run_plainly
+
+    def forward(self, x: Tensor, stream: StreamInfo) -> Tensor:
+        return self.run(self._compute, x, stream)
+
+    def _compute(self, x: Tensor, stream: StreamInfo) -> Tensor:
+        x = x + self.attention(self.attention_norm(x), stream)
+        return x + self.feed_forward(self.feed_forward_norm(x))
+
+
+class Decoder(nn.Module):
+    """The model up to its hidden states, and its losses; logits are never materialised for a whole shard.
+
+    ``blocks`` holds the units to shard: ``fully_shard`` each of them and then the decoder, and register ``loss`` and
+    ``token_losses`` with ``register_fsdp_forward_method``, so that the output projection is gathered for them too. With
+    mixed precision set ``cast_forward_inputs=False``: there is nothing to cast, and FSDP2 would rebuild the plan.
+
+    config is validated (ConfigError). Weights depend on config and seed alone, not on the number of ranks; built under
+    ``torch.device("meta")`` the module has none until ``to_empty`` and ``init_weights``.
+    """
+
+    def __init__(self, config: ModelConfig, *, seed: int = 0) -> None:
+        super().__init__()
+        config.validate()
+        self.config = config
+        self.embedding = nn.Embedding(config.vocab_size, config.dim, _weight=torch.empty(config.vocab_size, config.dim))
+        self.blocks = nn.ModuleList(Block(config) for _ in range(config.num_layers))
+        self.norm = RMSNorm(config.dim, config.norm_eps)
+        self.output = None if config.tie_embeddings else _linear(config.dim, config.vocab_size)
+        if not self.embedding.weight.is_meta:
+            self.init_weights(seed)
+
+    @property
+    def output_weight(self) -> Tensor:
+        """``[vocab_size, dim]``: the embedding's own weight if tied."""
+        return self.embedding.weight if self.output is None else self.output.weight
+
+    def forward(self, tokens: Tensor, positions: Tensor, plan: Plan) -> Tensor:
+        """Hidden states ``[B, T_local, dim]`` after the final norm, of this rank's rows.
+
+        tokens [B, T_local] int64; positions [T_local] or [B, T_local] int64, counted from the start of each token's
+        document. Collective over the plan's group: ranks with no rows call it too. Raises InputError.
+        """
+        if tokens.dim() != 2 or positions.shape not in (tokens.shape, tokens.shape[1:]):
+            raise InputError(
+                f"tokens are {tuple(tokens.shape)} and positions {tuple(positions.shape)}, but they must be "
+                "[B, T_local], and [B, T_local] or [T_local]."
+            )
+        x = self.embedding(tokens)
+        stream = StreamInfo(plan, make_rotation(self.config.rope, self.config.head_dim, positions, x.dtype))
+        for block in self.blocks:
+            x = block(x, stream)
+        return self.norm(x)
+
+    def loss(
+        self, tokens: Tensor, positions: Tensor, labels: Tensor, plan: Plan, *, chunk_tokens: int = 1024
+    ) -> tuple[Tensor, Tensor]:
+        """(summed loss in nats, number of labels) of this rank's rows: ``chunked_cross_entropy`` of the hidden states.
+
+        labels [B, T_local] int64, −100 where there is nothing to predict; the rest as for ``forward``.
+        """
+        hidden = self.forward(tokens, positions, plan)
+        return chunked_cross_entropy(hidden, self.output_weight, labels, chunk_tokens=chunk_tokens)
+
+    @torch.no_grad()
+    def token_losses(
+        self, tokens: Tensor, positions: Tensor, labels: Tensor, plan: Plan, *, chunk_tokens: int = 1024
+    ) -> Tensor:
+        """Loss of each of this rank's tokens in nats, ``[B, T_local]`` fp32, 0 where the label is −100."""
+        hidden = self.forward(tokens, positions, plan)
+        return per_token_loss(hidden, self.output_weight, labels, chunk_tokens=chunk_tokens)
+
+    def set_block_runner(self, run: BlockRunner) -> None:
+        """Run every block's computation by ``run(function, *args)``, for example
+        ``functools.partial(torch.utils.checkpoint.checkpoint, use_reentrant=False)``. Parameter names stay, and FSDP2
+        stays outside the checkpoint, in either order of calls."""
+        for block in self.blocks:
+            assert isinstance(block, Block)
+            block.run = run
+
+    @torch.no_grad()
+    def init_weights(self, seed: int) -> None:
+        """Draw all weights anew: norms 1, matrices normal with init_std, those into the residual stream narrower.
+
+        Each parameter has a generator of its own, keyed by seed and name, and is drawn whole before it is sharded: the
+        values do not depend on the number of ranks or on which parameters a rank holds, only on the device type.
+        """
+        narrow = self.config.init_std / math.sqrt(2 * self.config.num_layers)
+        for name, parameter in self.named_parameters():
+            if parameter.dim() == 1:
+                parameter.fill_(1.0)
+                continue
+            key = hashlib.sha256(f"{seed}/{name}".encode()).digest()
+            generator = torch.Generator(parameter.device).manual_seed(int.from_bytes(key[:7], "little"))
+            std = narrow if name.endswith(("attention.o.weight", "feed_forward.down.weight")) else self.config.init_std
+            whole = torch.empty(parameter.shape, dtype=torch.float32, device=parameter.device)
+            _assign(parameter, whole.normal_(0.0, std, generator=generator))
+
+
+def _assign(parameter: nn.Parameter, whole: Tensor) -> None:
+    """Copy a tensor that every rank holds alike into a parameter or into this rank's shard of it."""
+    if isinstance(parameter, DTensor):
+        # No source rank: each rank cuts its shard out of its own copy, without communication.
+        shard = distribute_tensor(whole, parameter.device_mesh, parameter.placements, src_data_rank=None)
+        parameter.to_local().copy_(shard.to_local())
+    else:
+        parameter.copy_(whole)
+
+
+def _linear(inputs: int, outputs: int) -> nn.Linear:
+    """Without bias, left uninitialised: ``Decoder.init_weights`` draws all weights."""
+    layer = nn.utils.skip_init(nn.Linear, inputs, outputs, bias=False, device=torch.get_default_device())
+    assert isinstance(layer, nn.Linear)
+    return layer
+
+
+def _run_plainly(function: Callable[..., Tensor], *args: Any) -> Tensor:
+    return function(*args)

@@ -1,0 +1,115 @@
+"""What the ranks of a group tell each other through its store: that they plan the same, what they wait for, what went wrong.
+
+No call here waits for a peer. Notices are read by whoever waits anyway, so that one rank's mistake reaches all of them.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import threading
+import time
+import weakref
+
+import torch.distributed as dist
+from torch.distributed import distributed_c10d
+
+from distattn.errors import AgreementError, DistattnError, TransportError
+
+_NOTICES = "distattn/notice"
+_GAVE_UP = "distattn/gave_up"
+_KINDS: dict[str, type[DistattnError]] = {"agreement": AgreementError, "transport": TransportError}
+
+
+class Board:
+    """A group's notice board. Make one with ``board_of(group)``: all users of a group share its counters."""
+
+    def __init__(self, store: dist.Store, rank: int, num_ranks: int) -> None:
+        self.store, self.rank, self.num_ranks = store, rank, num_ranks
+        self._num_plans = 0
+        self._num_read = 0
+        self._known: set[str] = set()
+        self._lock = threading.Lock()
+
+    def agree(self, inputs: str) -> None:
+        """Compare one ``plan`` call's inputs with those of the rank that came first; raises AgreementError on a mismatch.
+
+        A rank that came first learns of it at its next wait or plan.
+        """
+        self.check()
+        number, self._num_plans = self._num_plans, self._num_plans + 1
+        digest = hashlib.blake2b(inputs.encode(), digest_size=16).hexdigest()
+        mine = json.dumps([digest, self.rank, inputs])
+        first = self.store.compare_set(f"distattn/plan/{number}", "", mine).decode()
+        other_digest, other_rank, other_inputs = json.loads(first)
+        if other_digest != digest:
+            text = (
+                f"ranks {other_rank} and {self.rank} of one group planned different things in plan call {number}: "
+                f"rank {other_rank} gave {other_inputs}; rank {self.rank} gave {inputs}. "
+                "Every rank of the group must call plan() with the same arguments, in the same order"
+            )
+            self.post_notice("agreement", f"plan {number}", text)
+            raise AgreementError(text)
+
+    def post_notice(self, kind: str, topic: str, text: str) -> None:
+        """Tell all ranks of an error; a rank raises one error a topic. kind: "agreement" or "transport"."""
+        with self._lock:
+            self._known.add(topic)
+        number = self.store.add("distattn/num_notices", 1) - 1
+        self.store.set(f"{_NOTICES}/{number}", json.dumps([kind, topic, text]))
+
+    def check(self) -> None:
+        """Raise the first error that another rank posted and this rank has not raised yet."""
+        with self._lock:
+            while self._exists(f"{_NOTICES}/{self._num_read}"):
+                kind, topic, text = json.loads(self.store.get(f"{_NOTICES}/{self._num_read}"))
+                self._num_read += 1
+                if topic not in self._known:
+                    self._known.add(topic)
+                    raise _KINDS[kind](text)
+
+    def report_wait(self, waiting: str, grace_s: float) -> str:
+        """Publish what this rank waits for, give the others ``grace_s`` seconds to do so, and say who did not.
+
+        Those are the ranks that everyone else waits for, or that died.
+        """
+        try:
+            return self._report_wait(waiting, grace_s)
+        except dist.DistError as error:
+            return f"the group's store cannot be reached, so the rank that hosts it is gone ({error})"
+
+    def someone_gave_up(self) -> bool:
+        """Whether any rank has reported a wait: the transfer cannot be completed, so there is no use in waiting on."""
+        return self._exists(_GAVE_UP)
+
+    def _report_wait(self, waiting: str, grace_s: float) -> str:
+        others = [rank for rank in range(self.num_ranks) if rank != self.rank]
+        keys = [f"distattn/waiting/{rank}" for rank in others]
+        self.store.set(f"distattn/waiting/{self.rank}", waiting)
+        self.store.set(_GAVE_UP, str(self.rank))
+        deadline = time.monotonic() + grace_s
+        while not self.store.check(keys) and time.monotonic() < deadline:
+            time.sleep(0.05)
+        missing = [rank for rank, key in zip(others, keys, strict=True) if not self.store.check([key])]
+        if missing:
+            return "ranks not seen waiting: " + ", ".join(map(str, missing))
+        waits = [f"rank {rank} waits {self.store.get(key).decode()}" for rank, key in zip(others, keys, strict=True)]
+        return "every rank waits: " + "; ".join(waits)
+
+    def _exists(self, key: str) -> bool:
+        """Whether a key is set; a store that cannot be reached has nothing to say."""
+        try:
+            return self.store.check([key])
+        except dist.DistError:
+            return False
+
+
+_boards: weakref.WeakKeyDictionary[dist.ProcessGroup, Board] = weakref.WeakKeyDictionary()
+
+
+def board_of(group: dist.ProcessGroup) -> Board:
+    """The group's notice board, in the store that the group was made with."""
+    if group not in _boards:
+        store = distributed_c10d._get_process_group_store(group)
+        _boards[group] = Board(store, dist.get_rank(group), dist.get_world_size(group))
+    return _boards[group]

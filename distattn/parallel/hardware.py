@@ -1,0 +1,108 @@
+"""What the cost model assumes of a machine: kernel rates, link rates and latencies, ranks per node.
+
+Rates of links are per rank and direction. Ranks fill nodes in order: rank r sits on node ``r // ranks_per_node``.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from distattn.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class Hardware:
+    """A cluster of equal nodes; one rank drives one device.
+
+    forward_tflops, backward_tflops: what an attention kernel sustains at long lengths, 10^12 FLOP/s per rank.
+    inside_gb_per_second, between_gb_per_second: 10^9 bytes/s that a rank sends (and at once receives) in and across nodes.
+    inside_latency_us, between_latency_us: from posting a message to its first byte.
+    launch_us: start of the kernels of one stage.
+    """
+
+    name: str
+    ranks_per_node: int
+    forward_tflops: float
+    backward_tflops: float
+    inside_gb_per_second: float
+    between_gb_per_second: float
+    inside_latency_us: float
+    between_latency_us: float
+    launch_us: float
+
+    def __post_init__(self) -> None:
+        rates = ("ranks_per_node", "forward_tflops", "backward_tflops", "inside_gb_per_second", "between_gb_per_second")
+        for field in rates:
+            if not getattr(self, field) > 0:
+                raise ConfigError(f"hardware {self.name}: {field} must be positive, got {getattr(self, field)}")
+        for field in ("inside_latency_us", "between_latency_us", "launch_us"):
+            if not getattr(self, field) >= 0:
+                raise ConfigError(f"hardware {self.name}: {field} must not be negative, got {getattr(self, field)}")
+
+    def flops_per_second(self, *, backward: bool) -> float:
+        return (self.backward_tflops if backward else self.forward_tflops) * 1e12
+
+    def crosses_nodes(self, src: np.ndarray, dst: np.ndarray) -> np.ndarray:
+        """Whether messages between these ranks leave their node, bool, shaped as the int64 inputs."""
+        return np.asarray(src) // self.ranks_per_node != np.asarray(dst) // self.ranks_per_node
+
+    def transfer_seconds(self, src: np.ndarray, dst: np.ndarray, num_bytes: np.ndarray) -> np.ndarray:
+        """Time of each message on links that carry nothing else, float64, shaped as the inputs."""
+        between = self.crosses_nodes(src, dst)
+        latency = np.where(between, self.between_latency_us, self.inside_latency_us) * 1e-6
+        return latency + num_bytes / (np.where(between, self.between_gb_per_second, self.inside_gb_per_second) * 1e9)
+
+
+# Kernel rates. H100, H200: cuDNN, causal, bf16, 32K tokens, head_dim 128, heads 64:8 (charts of SandAI-org/MagiAttention
+# v1.1.1, read to ±5). A100: the best case of FlashAttention-2 (arXiv 2307.08691): 73 % and 63 % of 312 TFLOP/s.
+# CPU: torch 2.13's flash kernel, fp32, head_dim 64, 2,048 tokens on one core of an AMD EPYC.
+# Links. NVLink 4 and 3 carry 450 and 300 GB/s a direction and GPU, ConnectX-7 and -6 carry 50 and 25 GB/s (NVIDIA's data
+# sheets); taken at 80 % and 90 %. Loopback, latencies and launches are assumptions.
+_NVLINK_SHARE, _NIC_SHARE = 0.8, 0.9
+_H100 = Hardware(
+    name="h100",
+    ranks_per_node=8,
+    forward_tflops=607,
+    backward_tflops=517,
+    inside_gb_per_second=450 * _NVLINK_SHARE,
+    between_gb_per_second=50 * _NIC_SHARE,
+    inside_latency_us=10,
+    between_latency_us=20,
+    launch_us=10,
+)
+HARDWARE: dict[str, Hardware] = {
+    "cpu": Hardware(
+        name="cpu",
+        ranks_per_node=1 << 20,  # local runs only: every rank is on this machine
+        forward_tflops=0.06,
+        backward_tflops=0.04,
+        inside_gb_per_second=1,
+        between_gb_per_second=1,
+        inside_latency_us=200,
+        between_latency_us=200,
+        launch_us=50,
+    ),
+    "h100": _H100,
+    # The H200 differs in memory only; attention at long lengths is bound by arithmetic.
+    "h200": replace(_H100, name="h200"),
+    "a100": Hardware(
+        name="a100",
+        ranks_per_node=8,
+        forward_tflops=228,
+        backward_tflops=197,
+        inside_gb_per_second=300 * _NVLINK_SHARE,
+        between_gb_per_second=25 * _NIC_SHARE,
+        inside_latency_us=10,
+        between_latency_us=20,
+        launch_us=10,
+    ),
+}
+
+
+def find_hardware(name: str) -> Hardware:
+    """The preset of this name; ConfigError lists those there are."""
+    if name not in HARDWARE:
+        raise ConfigError(f"unknown hardware {name!r}: choose one of {', '.join(HARDWARE)}")
+    return HARDWARE[name]

@@ -1,0 +1,186 @@
+"""When everything in a Program happens on given hardware: an event model over its counted costs.
+
+At time t a rank waits for the messages that it sends or receives with ``due == t``, posts those with ``issue == t``, then
+computes stage t. What is assumed:
+
+- A message starts when both ends have posted it (the receiver has no buffer before), and holds the sender's outgoing and the
+  receiver's incoming link until its last byte. A rank has one such pair of links inside its node and one between nodes.
+- A link serves its messages in the order of their posting; those of one posting go round, each rank beginning with its next
+  node and its next neighbour, as collectives do, so that an all-to-all does not queue at rank 0.
+- Kernels run at one rate whatever their tiles; transfers cost the kernels nothing. Copies within a rank, merges and the
+  host's work are free, but every stage that computes pays one launch.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Literal
+
+import numpy as np
+
+from distattn.parallel.cost import M_BYTES, M_DST, M_DUE, M_ISSUE, M_SRC, Cost, Shape, count
+from distattn.parallel.csr import segment_starts
+from distattn.parallel.hardware import Hardware
+from distattn.parallel.program import Program
+
+if TYPE_CHECKING:
+    from distattn.mask import Mask
+
+
+@dataclass(frozen=True)
+class Span:
+    """What a rank does from ``start`` to ``end`` (seconds). ``peer`` is the sender of a transfer, else −1."""
+
+    kind: Literal["wait", "compute", "transfer"]
+    stage: int
+    start: float
+    end: float
+    peer: int = -1
+
+
+@dataclass(frozen=True, eq=False)
+class Timeline:
+    """Seconds at which everything happens; float64.
+
+    arrive [P, S+1]: the rank has finished stage t − 1 and waits; go [P, S+1]: all that is due at t has come, the rank posts
+    and computes; done [P, S]: the end of stage t's compute. sent, received [m]: first and last byte of each row of
+    ``Cost.messages``.
+    """
+
+    arrive: np.ndarray = field(repr=False)
+    go: np.ndarray = field(repr=False)
+    done: np.ndarray = field(repr=False)
+    sent: np.ndarray = field(repr=False)
+    received: np.ndarray = field(repr=False)
+
+    @property
+    def seconds(self) -> float:
+        """When the last rank is done."""
+        return float(self.go[:, -1].max())
+
+    @property
+    def wait_seconds_per_rank(self) -> np.ndarray:
+        """Time that each rank spends waiting, until the last rank is done; float64 [P]."""
+        return (self.go - self.arrive).sum(1) + self.seconds - self.go[:, -1]
+
+
+@dataclass(frozen=True, eq=False)
+class Prediction:
+    """A Program's costs and its timeline on ``hardware``.
+
+    seconds: when the last rank is done. ideal_seconds: all work spread evenly at the kernel's rate. free_links_seconds: the
+    same timeline with transfers that take no time, so that what it takes beyond the ideal is imbalance and launches.
+    """
+
+    hardware: Hardware
+    shape: Shape
+    cost: Cost
+    timeline: Timeline = field(repr=False)
+    seconds: float
+    ideal_seconds: float
+    free_links_seconds: float
+
+    @property
+    def exposed_communication_seconds(self) -> float:
+        """By how much transfers prolong the whole."""
+        return self.seconds - self.free_links_seconds
+
+    @property
+    def efficiency(self) -> float:
+        """Ideal over predicted time; 1 where there is nothing to do."""
+        return self.ideal_seconds / self.seconds if self.seconds else 1.0
+
+    def spans(self, rank: int) -> list[Span]:
+        """What one rank does, by start; transfers are those that it receives and overlap the rest."""
+        line, stages = self.timeline, self.cost.flops.shape[1]
+        spans = []
+        for t in range(stages + 1):
+            if line.go[rank, t] > line.arrive[rank, t]:
+                spans.append(Span("wait", t, float(line.arrive[rank, t]), float(line.go[rank, t])))
+            if t < stages and line.done[rank, t] > line.go[rank, t]:
+                spans.append(Span("compute", t, float(line.go[rank, t]), float(line.done[rank, t])))
+        for i in np.flatnonzero(self.cost.messages[:, M_DST] == rank).tolist():
+            message = self.cost.messages[i]
+            span = (int(message[M_ISSUE]), float(line.sent[i]), float(line.received[i]), int(message[M_SRC]))
+            spans.append(Span("transfer", *span))
+        return sorted(spans, key=lambda span: (span.start, span.end))
+
+
+def predict(
+    program: Program,
+    mask: Mask,
+    hardware: Hardware,
+    head_dim: int,
+    value_dim: int | None = None,
+    dtype: str = "bfloat16",
+) -> Prediction:
+    """Count a forward or backward Program's costs and lay them out in time.
+
+    value_dim: head_dim where None; dtype: name of the input dtype ("bfloat16", also "torch.bfloat16").
+    """
+    shape = Shape(head_dim, head_dim if value_dim is None else value_dim, str(dtype).removeprefix("torch."))
+    cost = count(program, mask, shape)
+    rate = hardware.flops_per_second(backward=program.backward)
+    compute = cost.flops / rate + (cost.flops > 0) * hardware.launch_us * 1e-6
+    sources, destinations, sizes = (cost.messages[:, column] for column in (M_SRC, M_DST, M_BYTES))
+    line = simulate(compute, cost.messages, hardware.transfer_seconds(sources, destinations, sizes), hardware)
+    free = simulate(compute, cost.messages, np.zeros(len(cost.messages)), hardware)
+    return Prediction(
+        hardware=hardware,
+        shape=shape,
+        cost=cost,
+        timeline=line,
+        seconds=line.seconds,
+        ideal_seconds=float(cost.flops.sum()) / rate / program.num_ranks,
+        free_links_seconds=free.seconds,
+    )
+
+
+def simulate(compute: np.ndarray, messages: np.ndarray, transfer: np.ndarray, hardware: Hardware) -> Timeline:
+    """Run the event model.
+
+    compute: seconds of each rank's stages, float64 [P, S]; messages: int64 [m, 5] as in ``Cost.messages``; transfer: seconds
+    of each message on free links, float64 [m]; hardware: which ranks share a node.
+    """
+    ranks, stages = compute.shape
+    arrive, go, done = np.zeros((ranks, stages + 1)), np.zeros((ranks, stages + 1)), np.zeros((ranks, stages))
+    sent, received = np.zeros(len(messages)), np.zeros(len(messages))
+    out_free, in_free = np.zeros((2, ranks)), np.zeros((2, ranks))  # [inside, between] × rank
+    src, dst = messages[:, M_SRC], messages[:, M_DST]
+    link = hardware.crosses_nodes(src, dst).astype(np.int64)
+    by_due = np.argsort(messages[:, M_DUE], kind="stable")
+    due_ptr = np.searchsorted(messages[by_due, M_DUE], np.arange(stages + 2))
+    rounds = _rounds(messages, ranks, min(hardware.ranks_per_node, ranks))
+    for t in range(stages + 1):
+        arrive[:, t] = done[:, t - 1] if t else 0
+        go[:, t] = arrive[:, t]
+        due = by_due[due_ptr[t] : due_ptr[t + 1]]
+        np.maximum.at(go[:, t], src[due], received[due])
+        np.maximum.at(go[:, t], dst[due], received[due])
+        for batch in rounds.get(t, ()):
+            a, b, on = src[batch], dst[batch], link[batch]
+            posted = np.maximum(go[a, t], go[b, t])
+            sent[batch] = np.maximum(posted, np.maximum(out_free[on, a], in_free[on, b]))
+            received[batch] = sent[batch] + transfer[batch]
+            out_free[on, a] = received[batch]
+            in_free[on, b] = received[batch]
+        if t < stages:
+            done[:, t] = go[:, t] + compute[:, t]
+    return Timeline(arrive, go, done, sent, received)
+
+
+def _rounds(messages: np.ndarray, ranks: int, ranks_per_node: int) -> dict[int, list[np.ndarray]]:
+    """Messages by issue, in rounds: by due, then by distance in nodes and within them.
+
+    All of a round have the same distance, so that no rank sends or receives twice in it.
+    """
+    src, dst, nodes = messages[:, M_SRC], messages[:, M_DST], -(-ranks // ranks_per_node)
+    distance = (dst // ranks_per_node - src // ranks_per_node) % nodes * ranks_per_node
+    distance += (dst - src) % ranks_per_node
+    order = np.lexsort((distance, messages[:, M_DUE], messages[:, M_ISSUE]))
+    table = messages[order]
+    starts = segment_starts(table[:, M_ISSUE], table[:, M_DUE], distance[order])
+    rounds: dict[int, list[np.ndarray]] = {}
+    for batch in np.split(order, starts[1:]) if len(starts) else []:
+        rounds.setdefault(int(messages[batch[0], M_ISSUE]), []).append(batch)
+    return rounds

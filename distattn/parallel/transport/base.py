@@ -1,0 +1,52 @@
+"""What the executor asks of a transport: post one exchange of byte buffers, and wait for it later."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Protocol
+
+from torch import Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class Message:
+    """One rank's side of one exchange.
+
+    issue, due: stages between which it is in flight. send, receive: uint8 [bytes], one part a rank, in rank order;
+    send_splits, receive_splits: bytes for and from each rank. describe: what this rank waits for, for error messages, such as
+    "at stage 2 of forward for KV rows from rank 0".
+    """
+
+    issue: int
+    due: int
+    send: Tensor
+    receive: Tensor
+    send_splits: list[int]
+    receive_splits: list[int]
+    describe: Callable[[], str]
+
+
+class Pending(Protocol):
+    """An exchange in flight."""
+
+    def wait(self) -> None:
+        """Return when ``receive`` is filled (on CUDA: when work queued from now on sees it filled).
+
+        Raises TransportError if it fails or takes longer than the transport's timeout.
+        """
+        ...
+
+
+class Transport(Protocol):
+    """Carries the exchanges of one rank. Every rank posts the same exchanges in the same order.
+
+    num_transfers, bytes_sent: exchanges posted and bytes handed over since the start, for tests and reports.
+    """
+
+    num_transfers: int
+    bytes_sent: int
+
+    def post(self, message: Message) -> Pending:
+        """Start an exchange; its buffers belong to the transport until ``wait`` has returned."""
+        ...

@@ -1,0 +1,387 @@
+"""``plan``: from a mask, a shape and a group of ranks to a schedule that layers replay."""
+
+from __future__ import annotations
+
+import itertools
+import threading
+import weakref
+from collections import OrderedDict
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from distattn.errors import InputError, PlanError, UnsupportedError
+from distattn.kernels import BACKENDS, Backend, Case, choose_backend
+from distattn.mask import Mask
+from distattn.parallel.agreement import board_of
+from distattn.parallel.backward import derive_backward
+from distattn.parallel.cost import Shape, count
+from distattn.parallel.hardware import Hardware, find_hardware
+from distattn.parallel.layout import Layout
+from distattn.parallel.lowering import Lowered, lower
+from distattn.parallel.need import check_rows
+from distattn.parallel.program import Program, check_heads
+from distattn.parallel.schedulers import find_scheduler
+from distattn.parallel.schedulers.auto import choose_layout, choose_strategy
+from distattn.parallel.transport.collective import Collective, group_device
+
+DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
+_CACHE_SIZE = 64
+
+
+@dataclass(frozen=True, eq=False)
+class Plan:
+    """A schedule for one mask, shape and group, on this rank. Made by ``plan``; compares by identity.
+
+    dtype: of the inputs, or None for any. reasons: why each automatic choice fell as it did.
+    """
+
+    mask: Mask
+    layout: Layout
+    program: Program
+    strategy: str
+    heads: int
+    kv_heads: int
+    head_dim: int
+    value_dim: int
+    dtype: torch.dtype | None
+    kernel: str
+    deterministic: bool
+    rank: int
+    group: dist.ProcessGroup | None
+    transport: Collective | None
+    hardware: Hardware
+    reasons: dict[str, str]
+    handle: int
+
+    @property
+    def num_ranks(self) -> int:
+        return self.layout.num_ranks
+
+    @cached_property
+    def num_local_rows(self) -> int:
+        """Rows of this rank."""
+        return int(self.layout.counts[self.rank])
+
+    @cached_property
+    def backward_program(self) -> Program:
+        """Derived from ``program``; keys and values are sent again rather than kept."""
+        return derive_backward(self.program, ranks_per_node=self.hardware.ranks_per_node)
+
+    @cached_property
+    def positions(self) -> Tensor:
+        """Global row of each local row, int64 [S_local]: for RoPE, labels and losses."""
+        return torch.from_numpy(self.layout.rows(self.rank))
+
+    @cached_property
+    def lowered(self) -> Lowered:
+        return lower(self.program, self.mask, self.rank)
+
+    @cached_property
+    def lowered_backward(self) -> Lowered:
+        return lower(self.backward_program, self.mask, self.rank)
+
+    @cached_property
+    def _backends(self) -> dict[Case, Backend]:
+        return {}
+
+    def backend(self, case: Case) -> Backend:
+        """The kernel that computes a case; raises UnsupportedError where none does."""
+        if case not in self._backends:
+            self._backends[case] = choose_backend(case, self.kernel)[0]
+        return self._backends[case]
+
+    def shard(self, x: Tensor, dim: int = 1) -> Tensor:
+        """This rank's rows, in layout order, of a global tensor whose ``dim`` has all rows. Differentiable."""
+        dim = _checked_dim(x, dim)
+        if x.shape[dim] != self.layout.num_rows:
+            raise InputError(
+                f"shard takes the global tensor: x has {x.shape[dim]} rows in dim {dim}, the plan has {self.layout.num_rows}"
+            )
+        return x.index_select(dim, self._positions_on(x.device))
+
+    def gather(self, x_local: Tensor, dim: int = 1) -> Tensor:
+        """The global tensor, on every rank, of which each passes its rows: the inverse of ``shard``. Collective.
+
+        Differentiable: the gradients of all ranks' uses are summed, so a loss that every rank computes alike from the
+        gathered tensor counts ``num_ranks`` times.
+        """
+        dim = _checked_dim(x_local, dim)
+        if x_local.shape[dim] != self.num_local_rows:
+            raise InputError(
+                f"gather takes this rank's rows: x_local has {x_local.shape[dim]} in dim {dim}, rank {self.rank} has "
+                f"{self.num_local_rows}"
+            )
+        return _Gather.apply(x_local, dim, self)
+
+    @cached_property
+    def _positions_by_device(self) -> dict[torch.device, Tensor]:
+        return {}
+
+    def _positions_on(self, device: torch.device) -> Tensor:
+        if device not in self._positions_by_device:
+            self._positions_by_device[device] = self.positions.to(device)
+        return self._positions_by_device[device]
+
+    @cached_property
+    def _order(self) -> Tensor:
+        """Where each global row lies in the ranks' rows, padded to the longest and put one after another: int64 [S]."""
+        width = int(self.layout.counts.max(initial=0))
+        order = np.zeros(self.layout.num_rows, np.int64)
+        for rank in range(self.num_ranks):
+            rows = self.layout.rows(rank)
+            order[rows] = rank * width + np.arange(len(rows))
+        return torch.from_numpy(order)
+
+    def describe(self) -> str:
+        """What was planned and why, in lines: mask, layout, strategy, kernel, and each rank's work and bytes."""
+        device = "cpu" if self.group is None else group_device(self.group).type
+        if self.group is None and torch.cuda.is_available():
+            device = "cuda"
+        dtype = self.dtype or (torch.bfloat16 if device == "cuda" else torch.float32)
+        case = Case(
+            device, dtype, self.head_dim, self.value_dim, self.heads, self.kv_heads, deterministic=self.deterministic
+        )
+        try:
+            backend, why = choose_backend(case, self.kernel)
+            kernel = f"{backend.name} ({why})"
+        except UnsupportedError as error:
+            kernel = f"none: {error}"
+        name = str(dtype).removeprefix("torch.")
+        cost = count(self.program, self.mask, Shape(self.head_dim, self.value_dim, name))
+        work = cost.flops_per_rank
+        return "\n".join(
+            [
+                f"mask       {self.mask.num_queries} × {self.mask.num_keys}, {self.mask.area} pairs in {len(self.mask.bands)} bands",
+                f"layout     {self.layout.name} over {self.num_ranks} ranks ({self.reasons['layout']})",
+                f"strategy   {self.strategy} ({self.reasons['strategy']})",
+                f"kernel     {kernel}",
+                f"shape      {self.heads}:{self.kv_heads} heads of {self.head_dim} (values {self.value_dim}), {name} on {device}",
+                f"stages     {self.program.num_stages} forward, {self.backward_program.num_stages} backward",
+                f"sent       {_per_rank(cost.bytes_sent_per_rank / 1e6)} MB a rank, forward, batch 1",
+                f"work       {_per_rank(work / 1e9)} GFLOP a rank, forward, batch 1; imbalance {cost.imbalance:.3f} (max/mean)",
+            ]
+        )
+
+
+def _per_rank(values: np.ndarray) -> str:
+    if len(values) > 8:
+        return f"{values.min():.4g} to {values.max():.4g}"
+    return ", ".join(f"{x:.4g}" for x in values.tolist())
+
+
+def plan(
+    mask: Mask,
+    *,
+    heads: int,
+    kv_heads: int | None = None,
+    head_dim: int,
+    group: dist.ProcessGroup | None = None,
+    strategy: str = "auto",
+    layout: Layout | None = None,
+    kernel: str = "auto",
+    value_dim: int | None = None,
+    dtype: torch.dtype | None = None,
+    topology: Hardware | str | None = None,
+    deterministic: bool = False,
+    sparse: None = None,
+    options: Any = None,
+    timeout_s: float | None = None,
+) -> Plan:
+    """Plan attention under ``mask`` over the ranks of ``group``. Collective, but waits for no rank; cached by value.
+
+    mask: over the global rows, alike on every rank. heads, kv_heads (default: heads), head_dim, value_dim (default:
+    head_dim): of q, k and v. group: None is one rank, without torch.distributed. strategy: "auto" takes the least predicted
+    time. layout: None takes the one with the best balance. kernel: "auto" or a backend's name. dtype: of the inputs; None
+    allows any. topology: hardware (or its name) that predictions and routes are for. deterministic: bitwise equal reruns.
+    options: the strategy's own dataclass. timeout_s: longest wait for a transfer, default the group's timeout.
+
+    Raises PlanError, LayoutError or UnsupportedError naming the argument, and AgreementError where ranks of the group
+    passed different arguments.
+    """
+    if not isinstance(mask, Mask):
+        raise PlanError(f"mask must be a distattn.Mask, got {type(mask).__name__}; make one with Mask.causal(n) or its siblings")
+    if kv_heads is None:
+        kv_heads = heads
+    if value_dim is None:
+        value_dim = head_dim
+    num_ranks = 1 if group is None else dist.get_world_size(group)
+    inputs = (
+        f"mask={mask.digest[:12]} heads={heads}:{kv_heads} head_dim={head_dim} value_dim={value_dim} strategy={strategy} "
+        f"layout={layout.digest[:12] if isinstance(layout, Layout) else layout} kernel={kernel} dtype={dtype} "
+        f"topology={topology} deterministic={deterministic} options={options} timeout_s={timeout_s}"
+    )
+    if group is not None:
+        board_of(group).agree(inputs)
+    _check(heads, kv_heads, head_dim, value_dim, num_ranks, strategy, layout, kernel, dtype, sparse, options, timeout_s)
+    cache = _cache_of(group)
+    with _lock:
+        if inputs in cache:
+            cache.move_to_end(inputs)
+            return cache[inputs]
+    hardware = _hardware(topology, group)
+    chosen, chosen_layout, program, reasons = _schedule(
+        mask, num_ranks, heads, kv_heads, head_dim, value_dim, dtype, strategy, layout, hardware, options
+    )
+    made = Plan(
+        mask=mask,
+        layout=chosen_layout,
+        program=program,
+        strategy=chosen,
+        heads=heads,
+        kv_heads=kv_heads,
+        head_dim=head_dim,
+        value_dim=value_dim,
+        dtype=dtype,
+        kernel=kernel,
+        deterministic=deterministic,
+        rank=0 if group is None else dist.get_rank(group),
+        group=group,
+        transport=None if group is None else Collective(group, timeout_s=timeout_s),
+        hardware=hardware,
+        reasons=reasons,
+        handle=next(_handles),
+    )
+    with _lock:
+        _plans[made.handle] = made
+        cache[inputs] = made
+        if len(cache) > _CACHE_SIZE:
+            cache.popitem(last=False)
+    return made
+
+
+def plan_of(handle: int) -> Plan:
+    """The living plan with this handle: custom operators take integers, not objects."""
+    return _plans[handle]
+
+
+_lock = threading.Lock()
+_handles = itertools.count(1)
+_plans: weakref.WeakValueDictionary[int, Plan] = weakref.WeakValueDictionary()
+_local_cache: OrderedDict[str, Plan] = OrderedDict()
+_group_caches: weakref.WeakKeyDictionary[dist.ProcessGroup, OrderedDict[str, Plan]] = weakref.WeakKeyDictionary()
+
+
+def _cache_of(group: dist.ProcessGroup | None) -> OrderedDict[str, Plan]:
+    if group is None:
+        return _local_cache
+    return _group_caches.setdefault(group, OrderedDict())
+
+
+def _hardware(topology: Hardware | str | None, group: dist.ProcessGroup | None) -> Hardware:
+    if isinstance(topology, Hardware):
+        return topology
+    if topology is not None:
+        return find_hardware(topology)
+    on_gpu = torch.cuda.is_available() if group is None else group_device(group).type == "cuda"
+    return find_hardware("h100" if on_gpu else "cpu")
+
+
+def _schedule(
+    mask: Mask,
+    num_ranks: int,
+    heads: int,
+    kv_heads: int,
+    head_dim: int,
+    value_dim: int,
+    dtype: torch.dtype | None,
+    strategy: str,
+    layout: Layout | None,
+    hardware: Hardware,
+    options: Any,
+) -> tuple[str, Layout, Program, dict[str, str]]:
+    """(strategy, layout, program, why each was chosen)."""
+    given = "given by the caller"
+    if strategy == "auto":
+        name = str(dtype or torch.bfloat16).removeprefix("torch.")
+        choice = choose_strategy(
+            mask, num_ranks, heads, kv_heads, head_dim=head_dim, value_dim=value_dim, dtype=name, hardware=hardware,
+            layout=layout,
+        )  # fmt: skip
+        why = given if layout else choose_layout(mask, num_ranks, choice.strategy).reason
+        return choice.strategy, choice.layout, choice.program, {"layout": why, "strategy": choice.reason}
+    why = given
+    if layout is None:
+        placed = choose_layout(mask, num_ranks, strategy)
+        layout, why = placed.layout, placed.reason
+    check_rows(mask, layout)
+    program = find_scheduler(strategy).plan(mask, layout, heads, kv_heads, options)
+    return strategy, layout, program, {"layout": why, "strategy": given}
+
+
+def _check(
+    heads: int,
+    kv_heads: int,
+    head_dim: int,
+    value_dim: int,
+    num_ranks: int,
+    strategy: str,
+    layout: Layout | None,
+    kernel: str,
+    dtype: torch.dtype | None,
+    sparse: object,
+    options: Any,
+    timeout_s: float | None,
+) -> None:
+    """Refuse what no schedule can be made for, naming the argument."""
+    check_heads(heads, kv_heads)
+    for name, size in (("head_dim", head_dim), ("value_dim", value_dim)):
+        if size < 1:
+            raise PlanError(f"{name} must be at least 1, got {size}")
+    if sparse is not None:
+        raise UnsupportedError("sparse must be None: plans with block-sparse patterns are not supported, masks made of bands are")
+    if layout is not None and layout.num_ranks != num_ranks:
+        raise PlanError(f"layout is for {layout.num_ranks} ranks, the group has {num_ranks}; make it for the group's size")
+    if kernel != "auto" and kernel not in BACKENDS:
+        raise UnsupportedError(f"kernel={kernel!r} is unknown; it may be auto, {', '.join(BACKENDS)}")
+    if dtype is not None and dtype not in DTYPES:
+        raise UnsupportedError(f"dtype={dtype} is not supported; use one of {', '.join(map(str, DTYPES))}")
+    if timeout_s is not None and timeout_s <= 0:
+        raise PlanError(f"timeout_s must be positive, got {timeout_s}")
+    if strategy == "auto":
+        if options is not None:
+            raise PlanError('options belong to one strategy: name it instead of strategy="auto"')
+        return
+    scheduler = find_scheduler(strategy)
+    if options is not None and not isinstance(options, scheduler.options):
+        raise PlanError(f"options of {strategy} must be {scheduler.options.__name__}, got {type(options).__name__}")
+    reason = scheduler.why_not(heads, num_ranks)
+    if reason:
+        raise PlanError(reason)
+
+
+def _checked_dim(x: Tensor, dim: int) -> int:
+    if not -x.ndim <= dim < x.ndim:
+        raise InputError(f"dim={dim} is out of range for a tensor of {x.ndim} dimensions")
+    return dim % x.ndim
+
+
+class _Gather(torch.autograd.Function):
+    """Local rows to global rows; the gradient is summed over ranks and sharded."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, dim: int, made: Plan) -> Tensor:
+        ctx.dim, ctx.plan = dim, made
+        rows = x.movedim(dim, 0)
+        width = int(made.layout.counts.max(initial=0))
+        padded = x.new_zeros((width, *rows.shape[1:]))
+        padded[: len(rows)] = rows
+        every = padded
+        if made.group is not None:
+            every = x.new_empty((made.num_ranks * width, *rows.shape[1:]))
+            dist.all_gather(list(every.chunk(made.num_ranks)), padded, group=made.group)
+        return every.index_select(0, made._order.to(x.device)).movedim(0, dim)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        made: Plan = ctx.plan
+        grad = grad.contiguous()
+        if made.group is not None:
+            grad = grad.clone()
+            dist.all_reduce(grad, group=made.group)
+        return grad.index_select(ctx.dim, made._positions_on(grad.device)), None, None

@@ -1,0 +1,212 @@
+"""All ranks in one process, no torch.distributed: lowering and execution of any program against the dense fp64 oracle."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from distattn.errors import TransportError
+from distattn.kernels import BACKENDS
+from distattn.mask import Mask
+from distattn.parallel.backward import derive_backward
+from distattn.parallel.in_process import InProcessResult, run_in_process
+from distattn.parallel.layout import Layout
+from distattn.parallel.lowering import HOME_KV, Lowered, locate, lower, share_rows
+from distattn.parallel.program import KV, KV_IN, Q_IN, Q_OUT, Program, ProgramBuilder, Q
+from distattn.parallel.schedulers import SCHEDULERS
+from distattn.parallel.transport.base import Message
+from distattn.parallel.transport.mailbox import Mailbox
+from tests.parallel.cases import inputs, oracle, random_layout, random_mask
+
+REFERENCE = BACKENDS["reference"]
+NAMES = ("out", "lse", "dq", "dk", "dv")
+
+
+def check(result: InProcessResult, expected: tuple[torch.Tensor, ...]) -> None:
+    for name, want in zip(NAMES, expected, strict=True):
+        torch.testing.assert_close(getattr(result, name), want, atol=1e-10, rtol=0, msg=lambda m, n=name: f"{n}: {m}")
+
+
+@settings(max_examples=60, deadline=None, derandomize=True)
+@given(
+    seed=st.integers(0, 10_000),
+    ranks=st.integers(1, 6),
+    n=st.integers(3, 40),
+    name=st.sampled_from(sorted(SCHEDULERS)),
+    heads=st.sampled_from([(12, 3), (12, 12), (60, 2), (60, 1)]),
+    keep=st.booleans(),
+)
+def test_matches_the_oracle_with_poisoned_memory(
+    seed: int, ranks: int, n: int, name: str, heads: tuple[int, int], keep: bool
+) -> None:
+    if SCHEDULERS[name].why_not(heads[0], ranks):
+        return
+    rng = np.random.default_rng(seed)
+    mask = random_mask(rng, n)
+    layout = random_layout(rng, n, ranks)
+    if layout.num_rows != n:
+        mask = Mask.causal(layout.num_rows)
+    q, k, v, do = inputs(layout.num_rows, *heads, head_dim=4, value_dim=6, batch=2, seed=seed)
+    program = SCHEDULERS[name].plan(mask, layout, *heads)
+    backward = derive_backward(program, keep=keep)
+    result = run_in_process(program, mask, q, k, v, do, backend=REFERENCE, backward_program=backward, poison=True)
+    check(result, oracle(q, k, v, do, mask))
+
+
+def served_remotely(layout: Layout, heads: int, kv_heads: int, cut: int) -> Program:
+    """Rank 0's rows are computed on rank 1: heads below ``cut`` whole, the rest in two parts that merge at home.
+
+    Unequal head ranges give slots of several arenas, nonzero shifts, results that are alone and results that are not.
+    """
+    builder = ProgramBuilder(layout, heads, kv_heads)
+    group = heads // kv_heads
+    mine, theirs = layout.rank_ranges(0), layout.rank_ranges(1)
+    rows, keys = builder.home_rows[0], builder.add_row_set(np.concatenate([mine, theirs]))
+    low = builder.add_slots(np.array([[1, Q, 0, cut, rows], [1, KV, 0, -(-cut // group), keys]]))
+    high = builder.add_slots(
+        np.array([[1, Q, cut, heads, rows], [1, Q, cut, heads, rows], [1, KV, cut // group, kv_heads, keys]])
+    )
+    home = builder.home_rows
+    for q in (low[0], high[0], high[1]):
+        builder.add_moves(np.array([[Q_IN, 0, q, rows, 0, 1], [Q_OUT, q, 0, rows, 3, 4]]))
+    for kv in (low[1], high[2]):
+        builder.add_moves(np.array([[KV_IN, 1, kv, home[0], 0, 1], [KV_IN, 3, kv, home[1], 0, 2]]))
+    builder.add_attends(
+        np.array(
+            [
+                [2, low[0], low[1], rows, keys, 0, cut],
+                [2, high[0], high[2], rows, home[0], cut, heads],
+                [2, high[1], high[2], rows, home[1], cut, heads],
+                [0, 2, 3, home[1], home[1], 0, heads],
+            ]
+        )
+    )
+    return builder.build()
+
+
+def test_head_ranges_several_arenas_and_results_that_merge() -> None:
+    layout = Layout.given([[(3, 9), (0, 2)], [(9, 14), (2, 3)]])
+    # Rows 0-1 and 3-8 are rank 0's and see keys of both ranks; rank 1's own rows are left to keys of rank 1, row 2 sees none.
+    mask = Mask.from_bands([(0, 2, 0, 14, -3, 9), (3, 9, 1, 13, -20, 20), (9, 14, 9, 14, -9, 0)], 14, 14)
+    q, k, v, do = inputs(14, 12, 3, value_dim=8)
+    program = served_remotely(layout, 12, 3, cut=6)
+    program.verify(mask)
+    check(run_in_process(program, mask, q, k, v, do, backend=REFERENCE, poison=True), oracle(q, k, v, do, mask))
+    lowered = lower(program, mask, 1)
+    assert len({(a.kind, a.num_heads) for a in lowered.arenas[2:]}) == len(lowered.arenas) - 2
+    shifts = {int(x) for step in lowered.steps for group in step.groups for x in group.tiles[:, 8]}
+    assert shifts == {0, 2}
+
+
+def ring(n: int, ranks: int) -> tuple[Mask, Program]:
+    mask = Mask.causal(n)
+    return mask, SCHEDULERS["ring"].plan(mask, Layout.zigzag(n, ranks), 4, 2)
+
+
+def chunks_at_once(lowered: Lowered, chunk: int) -> float:
+    """Chunks in the KV arenas plus those in flight to this rank, at the worst time."""
+    arena = sum(a.num_rows for i, a in enumerate(lowered.arenas) if a.kind == KV and i != HOME_KV)
+    flying = [
+        sum(item.part.rows.count for x in lowered.exchanges if x.issue <= t < x.due for _, m in x.receives for item in m)
+        for t in range(len(lowered.steps))
+    ]
+    return (arena + max(flying)) / chunk
+
+
+def test_a_ring_holds_exactly_two_chunks() -> None:
+    mask, program = ring(16 * 8, 8)
+    for rank in range(8):
+        assert chunks_at_once(lower(program, mask, rank), 16) == 2
+
+
+def test_a_stage_is_one_backend_call_with_few_tiles() -> None:
+    mask, program = ring(64 * 4, 4)
+    for rank in range(4):
+        groups = [step.groups for step in lower(program, mask, rank).steps]
+        assert [len(g) for g in groups] == [1, 1, 1, 1, 0]
+        assert all(len(g.tiles) == 1 for step in groups for g in step)
+    home = lower(program, mask, 2).steps[0].groups[0].tiles
+    assert home[0, :4].tolist() == [0, 64, 0, 64], "both halves of a zigzag are one causal tile in arena rows"
+    assert home[0, 5] == 0
+
+
+def test_documents_give_a_tile_each() -> None:
+    mask = Mask.documents([7] * 300)
+    program = SCHEDULERS["ring"].plan(mask, Layout.contiguous(2100, 2), 4, 2)
+    tables = [g.tiles for step in lower(program, mask, 0).steps for g in step.groups]
+    assert [len(t) for t in tables] == [150]
+
+
+def test_results_travel_in_the_input_dtype_only_where_nothing_is_added() -> None:
+    mask = Mask.causal(24)
+    layout = Layout.zigzag(24, 2)
+    ulysses = lower(SCHEDULERS["ulysses"].plan(mask, layout, 4, 2), mask, 0)
+    assert ulysses.out_alone
+    mixed = lower(served_remotely(layout, 4, 2, cut=2), mask, 0)
+    assert not mixed.out_alone
+    results = [i for x in mixed.exchanges for _, items in x.receives for i in items if i.kind == Q_OUT]
+    assert len(results) == 3
+    assert not any(item.alone for item in results)
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 8])
+def test_bf16_error_does_not_grow_with_ranks(ranks: int) -> None:
+    mask, program = ring(64, ranks)
+    q, k, v, do = (x.to(torch.bfloat16) for x in inputs(64, 4, 2, head_dim=16, value_dim=16))
+    result = run_in_process(program, mask, q, k, v, do, backend=REFERENCE)
+    for name, want in zip(NAMES, oracle(q.double(), k.double(), v.double(), do.double(), mask), strict=True):
+        # One rounding of the result to bf16; sums are kept in fp32 however many ranks add to them.
+        torch.testing.assert_close(getattr(result, name).double(), want, atol=2e-2, rtol=1e-2)
+
+
+def test_reruns_are_bitwise_equal() -> None:
+    mask, program = ring(48, 4)
+    q, k, v, do = (x.float() for x in inputs(48, 4, 2))
+    first, second = (run_in_process(program, mask, q, k, v, do, backend=REFERENCE) for _ in range(2))
+    for name in NAMES:
+        assert torch.equal(getattr(first, name), getattr(second, name))
+
+
+def test_sliding_window_moves_only_the_halo() -> None:
+    mask = Mask.sliding_window(64, 3)
+    program = SCHEDULERS["ring"].plan(mask, Layout.contiguous(64, 4), 4, 2)
+    moved = program.row_counts[program.moves[:, 3]]
+    assert (program.moves[:, 0] == KV_IN).all()
+    assert moved.tolist() == [3, 3, 3]
+    q, k, v, do = inputs(64, 4, 2)
+    check(run_in_process(program, mask, q, k, v, do, backend=REFERENCE, poison=True), oracle(q, k, v, do, mask))
+
+
+def test_a_missing_message_is_an_error() -> None:
+    box = Mailbox(2)
+    empty, four = torch.empty(0, dtype=torch.uint8), torch.empty(4, dtype=torch.uint8)
+    message = Message(0, 1, empty, four, [0, 0], [0, 4], lambda: "at stage 1 for KV rows from rank 1")
+    with pytest.raises(TransportError, match="rank 0 waited at stage 1 for KV rows from rank 1.*nothing"):
+        box.endpoint(0).post(message).wait()
+    box.endpoint(1).post(Message(0, 1, four, empty, [4, 0], [0, 0], lambda: ""))
+    with pytest.raises(TransportError, match="never received: rank 1 to 0"):
+        box.check_empty()
+
+
+@settings(max_examples=100, deadline=None, derandomize=True)
+@given(st.lists(st.tuples(st.integers(0, 20), st.integers(0, 6), st.integers(0, 9)), max_size=12))
+def test_rows_of_slots_alive_together_do_not_overlap(intervals: list[tuple[int, int, int]]) -> None:
+    birth = np.array([b for b, _, _ in intervals], np.int64)
+    death = birth + np.array([d for _, d, _ in intervals], np.int64)
+    sizes = np.array([s for _, _, s in intervals], np.int64)
+    base, total = share_rows(birth, death, sizes)
+    assert total <= sizes.sum()
+    for i in range(len(base)):
+        assert 0 <= base[i] <= base[i] + sizes[i] <= total
+        for j in range(i):
+            if birth[i] <= death[j] and birth[j] <= death[i]:
+                assert base[i] + sizes[i] <= base[j] or base[j] + sizes[j] <= base[i] or not sizes[i] or not sizes[j]
+
+
+def test_locate_follows_storage_order() -> None:
+    within = np.array([[10, 14], [0, 3], [3, 5], [20, 21]])
+    found = locate(np.array([[20, 21], [1, 4], [11, 12]]), within)
+    assert found.tolist() == [[20, 9, 1], [1, 5, 2], [3, 7, 1], [11, 1, 1]]

@@ -1,0 +1,163 @@
+"""Plan only: the event model on schedules that are small enough to work out by hand."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from distattn.errors import ConfigError
+from distattn.mask import Mask
+from distattn.parallel.backward import derive_backward
+from distattn.parallel.hardware import HARDWARE, Hardware, find_hardware
+from distattn.parallel.layout import Layout
+from distattn.parallel.schedulers import SCHEDULERS, all_gather, ring
+from distattn.parallel.simulate import Timeline, predict, simulate
+
+# One FLOP and one byte take a second.
+UNIT = Hardware(
+    name="unit",
+    ranks_per_node=1 << 20,
+    forward_tflops=1e-12,
+    backward_tflops=1e-12,
+    inside_gb_per_second=1e-9,
+    between_gb_per_second=1e-9,
+    inside_latency_us=0,
+    between_latency_us=0,
+    launch_us=0,
+)
+
+
+def run(compute: list[list[float]], messages: list[tuple[int, ...]], hardware: Hardware = UNIT) -> Timeline:
+    """messages: (issue, due, src, dst, seconds)."""
+    table = np.array(messages, np.int64).reshape(-1, 5)
+    return simulate(np.array(compute, float), table, table[:, 4].astype(float), hardware)
+
+
+def test_a_transfer_that_fits_under_the_compute_is_hidden():
+    line = run([[5, 5], [5, 5]], [(0, 1, 0, 1, 3)])
+    assert line.seconds == 10
+    assert line.received.tolist() == [3]
+    assert line.wait_seconds_per_rank.tolist() == [0, 0]
+
+
+def test_what_does_not_fit_is_waited_for_at_both_ends():
+    line = run([[2, 5], [5, 5]], [(0, 1, 0, 1, 7)])
+    assert line.go[:, 1].tolist() == [7, 7]
+    assert line.seconds == 12
+    assert line.wait_seconds_per_rank.tolist() == [5, 2]
+
+
+def test_a_transfer_starts_when_both_ends_have_posted():
+    line = run([[1, 1, 0], [4, 1, 0]], [(1, 2, 0, 1, 3), (1, 2, 1, 0, 1)])
+    assert line.sent.tolist() == [4, 4]
+    assert line.received.tolist() == [7, 5]
+    assert line.go[:, 2].tolist() == [7, 7]
+
+
+def test_a_link_serves_one_message_after_the_other():
+    to_one = run([[0], [0], [0]], [(0, 1, 0, 2, 4), (0, 1, 1, 2, 4)])
+    from_one = run([[0], [0], [0]], [(0, 1, 0, 1, 4), (0, 1, 0, 2, 4)])
+    apart = run([[0], [0], [0]], [(0, 1, 0, 1, 4), (0, 1, 1, 2, 4)])
+    assert (to_one.seconds, from_one.seconds, apart.seconds) == (8, 8, 4)
+
+
+def test_a_long_transfer_may_stay_in_flight_over_stages():
+    line = run([[2, 2, 2, 2], [2, 2, 2, 2]], [(0, 3, 0, 1, 6), (1, 2, 1, 0, 1)])
+    assert line.seconds == 8
+
+
+@pytest.mark.parametrize("ranks_per_node", [1, 3, 4, 12])
+def test_an_all_to_all_keeps_every_link_busy(ranks_per_node: int):
+    ranks = 12
+    pairs = [(0, 1, a, b, 1) for a in range(ranks) for b in range(ranks) if a != b]
+    line = run([[0.0]] * ranks, pairs, replace(UNIT, ranks_per_node=ranks_per_node))
+    assert line.seconds == max(ranks_per_node - 1, ranks - ranks_per_node)
+
+
+def test_links_in_and_between_nodes_work_at_once():
+    node_of_two = replace(UNIT, ranks_per_node=2)
+    line = run([[0], [0], [0]], [(0, 1, 0, 1, 4), (0, 1, 0, 2, 4)], node_of_two)
+    assert line.seconds == 4
+    assert node_of_two.crosses_nodes(np.array([0, 0]), np.array([1, 2])).tolist() == [False, True]
+
+
+def test_transfer_seconds_are_latency_plus_bytes_over_rate():
+    machine = replace(UNIT, ranks_per_node=2, inside_gb_per_second=2, between_gb_per_second=1, between_latency_us=5)
+    seconds = machine.transfer_seconds(np.array([0, 0]), np.array([1, 2]), np.array([4e9, 4e9]))
+    assert seconds.tolist() == pytest.approx([2, 4 + 5e-6])
+
+
+def test_a_full_ring_on_fast_links_is_ideal_but_for_the_launches():
+    mask = Mask.full(4096, 4096)
+    program = ring.plan(mask, Layout.contiguous(4096, 4), 8, 8)
+    fast = replace(HARDWARE["h100"], inside_gb_per_second=1e6, inside_latency_us=0, launch_us=7)
+    prediction = predict(program, mask, fast, 128)
+    assert prediction.ideal_seconds == pytest.approx(4 * 4096**2 * 8 * 128 / 4 / (fast.forward_tflops * 1e12))
+    assert prediction.seconds == pytest.approx(prediction.ideal_seconds + 4 * 7e-6)
+    assert prediction.exposed_communication_seconds == pytest.approx(0, abs=1e-12)
+
+
+def test_an_unbalanced_layout_costs_its_imbalance():
+    mask = Mask.causal(8192)
+    quick = replace(HARDWARE["h100"], inside_gb_per_second=1e9, inside_latency_us=0, launch_us=0)
+    contiguous = predict(all_gather.plan(mask, Layout.contiguous(8192, 4), 8, 8), mask, quick, 64)
+    zigzag = predict(all_gather.plan(mask, Layout.zigzag(8192, 4), 8, 8), mask, quick, 64)
+    assert contiguous.efficiency == pytest.approx(1 / contiguous.cost.imbalance, rel=1e-3)
+    assert contiguous.cost.imbalance == pytest.approx(7 / 4, rel=1e-2)
+    assert zigzag.efficiency == pytest.approx(1, rel=1e-3)
+
+
+@pytest.mark.parametrize("strategy", SCHEDULERS)
+@pytest.mark.parametrize("machine", HARDWARE)
+def test_parts_of_every_prediction_add_up(strategy: str, machine: str):
+    mask = Mask.documents([3000, 70, 1, 5121])
+    forward = SCHEDULERS[strategy].plan(mask, Layout.zigzag(8192, 4), 8, 4)
+    for program in (forward, derive_backward(forward)):
+        prediction = predict(program, mask, HARDWARE[machine], 64, 128, "torch.float16")
+        line = prediction.timeline
+        assert 0 < prediction.ideal_seconds <= prediction.free_links_seconds <= prediction.seconds
+        assert 0 < prediction.efficiency <= 1
+        compute = (line.done - line.go[:, :-1]).sum(1)
+        assert np.allclose(compute + line.wait_seconds_per_rank, prediction.seconds)
+        assert (line.received >= line.sent).all()
+        messages = prediction.cost.messages
+        assert (line.sent >= line.go[messages[:, 2], messages[:, 0]]).all()
+        assert (line.received <= line.go[messages[:, 3], messages[:, 1]] + 1e-15).all()
+
+
+def test_backward_runs_at_the_backward_rate():
+    mask = Mask.full(64, 64)
+    program = ring.plan(mask, Layout.contiguous(64, 1), 1, 1)
+    slow = replace(UNIT, backward_tflops=5e-13)
+    assert predict(program, mask, slow, 2).seconds == 64 * 64 * 8
+    assert predict(derive_backward(program), mask, slow, 2).seconds == 2 * 64 * 64 * 20
+
+
+def test_spans_tell_what_a_rank_does():
+    mask = Mask.full(8, 8)
+    program = ring.plan(mask, Layout.contiguous(8, 2), 1, 1)
+    prediction = predict(program, mask, replace(UNIT, inside_gb_per_second=1e-10), 1)  # ten seconds a byte
+    # Stages compute 16 pairs × 4 FLOPs; four rows of k and v in bf16 are 16 bytes.
+    spans = [(s.kind, s.stage, s.start, s.end, s.peer) for s in prediction.spans(0)]
+    assert spans == [
+        ("compute", 0, 0, 64, -1),
+        ("transfer", 0, 0, 160, 1),
+        ("wait", 1, 64, 160, -1),
+        ("compute", 1, 160, 224, -1),
+    ]
+    assert prediction.exposed_communication_seconds == 96
+
+
+def test_nothing_to_do_takes_no_time():
+    mask = Mask.causal(10).cut(0, 0, 0, 0)
+    prediction = predict(ring.plan(mask, Layout.contiguous(10, 2), 1, 1), mask, UNIT, 4)
+    assert (prediction.seconds, prediction.efficiency) == (0, 1)
+
+
+def test_hardware_is_checked_and_listed():
+    with pytest.raises(ConfigError, match="unknown hardware 'tpu': choose one of cpu, h100, h200, a100"):
+        find_hardware("tpu")
+    with pytest.raises(ConfigError, match="forward_tflops must be positive, got 0"):
+        replace(UNIT, forward_tflops=0)
+    with pytest.raises(ConfigError, match="launch_us must not be negative"):
+        replace(UNIT, launch_us=-1)

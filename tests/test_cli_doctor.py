@@ -1,0 +1,46 @@
+"""gloo: ``distattn doctor`` tries what it reports, names what is missing, and fails when something needed is broken."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+
+from distattn.cli import doctor
+
+
+def run_doctor(*arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "distattn", "doctor", *arguments], capture_output=True, text=True, timeout=120, check=False
+    )
+
+
+def test_report_of_this_machine() -> None:
+    done = run_doctor("--json")
+    assert done.returncode == 0, done.stdout + done.stderr
+    report = json.loads(done.stdout)
+    assert report["healthy"] is True
+    checks = {(check["area"], check["name"]): check for check in report["checks"]}
+    assert checks["transports", "mailbox"]["works"]
+    assert checks["transports", "gloo"]["detail"] == "2 processes exchanged data"
+    assert checks["kernels", "reference"]["works"]
+    assert checks["packages", "torch"]["needed"]
+
+
+def test_missing_package_says_how_to_get_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(doctor, "_version", lambda package: None if package == "pyarrow" else "1.0")
+    missing = {check.name: check for check in doctor._package_checks() if not check.works}
+    assert missing["pyarrow"].detail == 'for parquet data: pip install "distattn[data]"'
+    assert set(missing) == {"pyarrow"}
+
+
+def test_broken_transport_is_a_fault(monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(backend: str, world: int) -> str:
+        raise RuntimeError("no route to host\nand more")
+
+    monkeypatch.setattr(doctor, "_process_exchange", broken)
+    checks = doctor._transport_checks()
+    gloo = next(check for check in checks if check.name == "gloo")
+    assert not gloo.works
+    assert gloo.detail == "RuntimeError: no route to host"
+    assert not doctor.Diagnosis(checks).healthy
