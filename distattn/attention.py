@@ -89,6 +89,22 @@ def _prepare(
     q: Tensor, k: Tensor, v: Tensor, plan: Plan, scale: float | None, sink: Tensor | None, softcap: float | None,
     key_bias: Tensor | None, return_lse: bool,
 ) -> _Call:  # fmt: skip
+    """Check the arguments; the ranks that wait for one that refuses its own hear of it."""
+    if not isinstance(plan, Plan):
+        raise InputError(f"plan must come from distattn.plan, got {type(plan).__name__}")
+    try:
+        return _checked_call(q, k, v, plan, scale, sink, softcap, key_bias, return_lse)
+    except InputError as error:
+        if plan.transport is not None:
+            call = f"call {plan.program.digest} {plan.transport.num_transfers}"
+            plan.transport.board.post_notice("transport", call, f"rank {plan.rank} refused its input: {error}")
+        raise
+
+
+def _checked_call(
+    q: Tensor, k: Tensor, v: Tensor, plan: Plan, scale: float | None, sink: Tensor | None, softcap: float | None,
+    key_bias: Tensor | None, return_lse: bool,
+) -> _Call:  # fmt: skip
     _check_inputs(q, k, v, plan)
     if softcap is not None and not softcap > 0:
         raise InputError(f"softcap must be positive or None, got {softcap}")
@@ -103,8 +119,6 @@ def _prepare(
 
 def _check_inputs(q: Tensor, k: Tensor, v: Tensor, plan: Plan) -> None:
     """Shapes, dtypes and devices against the plan."""
-    if not isinstance(plan, Plan):
-        raise InputError(f"plan must come from distattn.plan, got {type(plan).__name__}")
     rows = plan.num_local_rows
     expected = {
         "q": (q, plan.heads, plan.head_dim),
@@ -134,9 +148,7 @@ def _augment(q: Tensor, k: Tensor, key_bias: Tensor, scale: float) -> tuple[Tens
     """
     batch, rows, kv_heads, width = k.shape
     if tuple(key_bias.shape) not in ((rows,), (batch, rows, kv_heads)):
-        raise InputError(
-            f"key_bias must have shape [{rows}] or [{batch}, {rows}, {kv_heads}], got {list(key_bias.shape)}"
-        )
+        raise InputError(f"key_bias must have shape [{rows}] or [{batch}, {rows}, {kv_heads}], got {list(key_bias.shape)}")
     if scale == 0:
         raise InputError("key_bias needs a scale other than 0")
     if key_bias.device.type == "cpu" and not torch.compiler.is_compiling() and not bool(key_bias.isfinite().all()):
@@ -209,7 +221,7 @@ def _attention(
 
 
 @_attention.register_fake
-def _(q: Tensor, k: Tensor, v: Tensor, plan: int, scale: float, softcap: float, lse_gradient: bool):  # noqa: ANN202
+def _(q: Tensor, k: Tensor, v: Tensor, plan: int, scale: float, softcap: float, lse_gradient: bool) -> tuple[Tensor, Tensor]:
     return q.new_empty((*q.shape[:-1], v.shape[-1])), q.new_empty(q.shape[:-1], dtype=accumulation_dtype(q.dtype))
 
 
@@ -227,8 +239,11 @@ def _attention_backward(
 
 
 @_attention_backward.register_fake
-def _(do: Tensor, dlse: Tensor, q: Tensor, k: Tensor, v: Tensor, *rest: Any):  # noqa: ANN202
-    return tuple(x.new_empty(x.shape) for x in (q, k, v))
+def _(
+    do: Tensor, dlse: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, plan: int, scale: float,
+    softcap: float, lse_gradient: bool,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
 
 
 def _save(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor]) -> None:
@@ -355,9 +370,7 @@ class _Compute(torch.autograd.Function):
 
 class _Finish(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx: Any, token: Tensor, handle: AttentionHandle, q: Tensor, k: Tensor, v: Tensor
-    ) -> tuple[Tensor, ...]:
+    def forward(ctx: Any, token: Tensor, handle: AttentionHandle, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, ...]:
         ctx.handle = handle
         assert handle.forward is not None
         out, lse = handle.forward.finish()
@@ -368,8 +381,6 @@ class _Finish(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, do: Tensor, dlse: Tensor) -> tuple:  # pyright: ignore[reportIncompatibleMethodOverride]
         handle: AttentionHandle = ctx.handle
-        execution = _backward(
-            handle.plan, *ctx.saved_tensors, do, dlse if handle.lse_gradient else None, handle.kernel
-        )
+        execution = _backward(handle.plan, *ctx.saved_tensors, do, dlse if handle.lse_gradient else None, handle.kernel)
         handle.backward = _Phases(execution)
         return do.new_zeros(()), None, None, None, None

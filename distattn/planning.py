@@ -144,9 +144,7 @@ class Plan:
         if self.group is None and torch.cuda.is_available():
             device = "cuda"
         dtype = self.dtype or (torch.bfloat16 if device == "cuda" else torch.float32)
-        case = Case(
-            device, dtype, self.head_dim, self.value_dim, self.heads, self.kv_heads, deterministic=self.deterministic
-        )
+        case = Case(device, dtype, self.head_dim, self.value_dim, self.heads, self.kv_heads, deterministic=self.deterministic)
         try:
             backend, why = choose_backend(case, self.kernel)
             kernel = f"{backend.name} ({why})"
@@ -205,7 +203,9 @@ def plan(
     passed different arguments.
     """
     if not isinstance(mask, Mask):
-        raise PlanError(f"mask must be a distattn.Mask, got {type(mask).__name__}; make one with Mask.causal(n) or its siblings")
+        raise PlanError(
+            f"mask must be a distattn.Mask, got {type(mask).__name__}; make one with Mask.causal(n) or its siblings"
+        )
     if kv_heads is None:
         kv_heads = heads
     if value_dim is None:
@@ -334,7 +334,9 @@ def _check(
         if size < 1:
             raise PlanError(f"{name} must be at least 1, got {size}")
     if sparse is not None:
-        raise UnsupportedError("sparse must be None: plans with block-sparse patterns are not supported, masks made of bands are")
+        raise UnsupportedError(
+            "sparse must be None: plans with block-sparse patterns are not supported, masks made of bands are"
+        )
     if layout is not None and layout.num_ranks != num_ranks:
         raise PlanError(f"layout is for {layout.num_ranks} ranks, the group has {num_ranks}; make it for the group's size")
     if kernel != "auto" and kernel not in BACKENDS:

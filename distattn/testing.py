@@ -25,9 +25,7 @@ class RankFailedError(RuntimeError):
     """A rank raised, died or hung; the message holds the traceback of the rank that failed first."""
 
 
-def run_ranks(
-    fn: Callable[..., Any], world: int, *args: Any, backend: str = "gloo", timeout_s: float = 60
-) -> list[Any]:
+def run_ranks(fn: Callable[..., Any], world: int, *args: Any, backend: str = "gloo", timeout_s: float = 60) -> list[Any]:
     """Run ``fn(rank, world, *args)`` in ``world`` processes and return what each returned, by rank.
 
     fn must be importable (module level); its result and ``args`` must pickle. torch.distributed is initialised through a file

@@ -6,6 +6,9 @@ import os
 from collections.abc import Mapping
 from datetime import timedelta
 
+import torch
+import torch.distributed as dist
+
 from distattn.errors import ConfigError
 
 STORE_VARIABLE = "DISTATTN_STORE"
@@ -30,10 +33,6 @@ def init_from_environment(device_type: str = "cpu", *, timeout_s: float = 600.0)
     rank, world = _number("RANK"), _number("WORLD_SIZE")
     if not 0 <= rank < world:
         raise ConfigError(f"RANK is {rank} and WORLD_SIZE is {world}: ranks count from 0 to WORLD_SIZE − 1")
-    # Here, since torch takes seconds to import, and a launcher that only starts ranks has no use for it.
-    import torch
-    import torch.distributed as dist
-
     device = None
     if device_type == "cuda":
         device = torch.device("cuda", _local_gpu(torch.cuda.device_count()))

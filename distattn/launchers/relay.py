@@ -14,6 +14,7 @@ from fcntl import ioctl
 from typing import TextIO
 
 _CLOSE_S = 2.0
+_LONGEST_LINE = 1 << 16
 
 
 class Relay:
@@ -47,11 +48,20 @@ class Relay:
 
     def _pass_on(self, ours: int, stream: TextIO) -> None:
         # Whatever fails to be written, keep reading: a full pipe would stop the child.
+        pending = b""
         while chunk := _read(ours):
-            with contextlib.suppress(OSError):
-                os.write(self._log, chunk)
             with contextlib.suppress(OSError, ValueError):
                 _show(stream, chunk)
+            # The log gets whole lines: both channels share it, and an unbuffered child writes a line in pieces.
+            lines, newline, pending = (pending + chunk).rpartition(b"\n")
+            if len(pending) > _LONGEST_LINE:
+                lines, newline, pending = lines + newline + pending, b"", b""
+            self._record(lines + newline)
+        self._record(pending)
+
+    def _record(self, text: bytes) -> None:
+        with contextlib.suppress(OSError):
+            os.write(self._log, text)
 
 
 def _read(descriptor: int) -> bytes:

@@ -18,7 +18,7 @@ from torch import Tensor
 from distattn.kernels.merge import accumulation_dtype, empty_carry, finish, merge_partial
 from distattn.kernels.protocol import Backend, Carry
 from distattn.parallel.lowering import ARRIVE, COMPUTE, HOME_KV, HOME_Q, POST, Exchange, Item, Lowered, Part, Rows
-from distattn.parallel.program import KV, KV_IN, KV_OUT, Q, Q_IN, Q_OUT
+from distattn.parallel.program import KV, KV_IN, KV_OUT, Q_IN, Q_OUT, Q
 from distattn.parallel.transport.base import Message, Pending, Transport
 
 _ALIGNMENT = 16

@@ -76,12 +76,20 @@ def test_arguments_arrive_as_they_are(logs: Path, tmp_path: Path) -> None:
 
 
 def test_rank_0_speaks_to_us_and_the_others_to_their_logs(logs: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    code = "print(f'out {rank} ü'); print(f'err {rank}', file=sys.stderr)"
+    code = """
+for piece in ("o", "ut ", f"{rank} ü", "\\n"):  # the two streams' lines, piece by piece in turn
+    sys.stdout.write(piece)
+    sys.stdout.flush()
+    sys.stderr.write(piece.replace("o", "e"))
+    sys.stderr.flush()
+    time.sleep(0.02)
+sys.stdout.write("no end of line")
+"""
     assert launch_local(python(code), 2, log_dir=logs) == 0
     captured = capfd.readouterr()
-    assert (captured.out, captured.err) == ("out 0 ü\n", "err 0\n")
-    assert sorted((logs / "rank-0.log").read_text().splitlines()) == ["err 0", "out 0 ü"]
-    assert sorted((logs / "rank-1.log").read_text().splitlines()) == ["err 1", "out 1 ü"]
+    assert (captured.out, captured.err) == ("out 0 ü\nno end of line", "eut 0 ü\n")
+    assert sorted((logs / "rank-0.log").read_text().splitlines()) == ["eut 0 ü", "no end of line", "out 0 ü"]
+    assert (logs / "rank-1.log").read_text().endswith("no end of line")
 
 
 def test_much_output_is_passed_on_whole(logs: Path, capfd: pytest.CaptureFixture[str]) -> None:
@@ -221,7 +229,9 @@ def test_ranks_die_with_a_launcher_that_is_killed(logs: Path, tmp_path: Path) ->
     code = 'signal.signal(signal.SIGTERM, signal.SIG_IGN); open(f"{sys.argv[1]}/{os.getpid()}.pid", "w"); time.sleep(60)'
     command = [sys.executable, "-c", LAUNCHER, str(logs), *python(code, str(tmp_path))]
     # Its own folder for temporary files: a killed launcher leaves the (empty) meeting place.
-    launcher = subprocess.Popen(command, env={**os.environ, "TMPDIR": "/tmp"})
+    temporary = tmp_path / "temporary"
+    temporary.mkdir()
+    launcher = subprocess.Popen(command, env={**os.environ, "TMPDIR": str(temporary)})
     wait_for(lambda: len(list(tmp_path.glob("*.pid"))) == 2)
     pids = [int(path.stem) for path in tmp_path.glob("*.pid")]
     assert all(psutil.pid_exists(pid) for pid in pids)

@@ -2,14 +2,18 @@
 
 import numpy as np
 import pytest
+import torch
 
 from distattn.errors import ConfigError
+from distattn.kernels import BACKENDS
 from distattn.mask import Mask
+from distattn.parallel import in_process
 from distattn.parallel.backward import derive_backward
 from distattn.parallel.cost import Cost, Shape, attend_areas, count
 from distattn.parallel.layout import Layout
 from distattn.parallel.program import KV, KV_IN, Q_IN, Q_OUT, Program, ProgramBuilder, Q
 from distattn.parallel.schedulers import all_gather, ring, ulysses
+from distattn.parallel.transport.mailbox import Mailbox, MailboxEndpoint
 
 MASKS = {
     "causal": Mask.causal(67),
@@ -164,3 +168,28 @@ def test_no_work_is_balanced():
 def test_shapes_that_do_not_exist_are_refused(arguments: tuple, message: str):
     with pytest.raises(ConfigError, match=message):
         Shape(*arguments)
+
+
+@pytest.mark.parametrize("scheduler", [ring, all_gather, ulysses], ids=lambda module: module.__name__.split(".")[-1])
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32", "float64"])
+@pytest.mark.parametrize("keep", [False, True])
+def test_counted_bytes_are_those_that_the_executor_sends(monkeypatch: pytest.MonkeyPatch, scheduler, dtype: str, keep: bool):
+    endpoints = []
+
+    class Recording(Mailbox):
+        def endpoint(self, rank: int) -> MailboxEndpoint:
+            endpoints.append(super().endpoint(rank))
+            return endpoints[-1]
+
+    monkeypatch.setattr(in_process, "Mailbox", Recording)
+    mask, ranks, kind = Mask.documents([37, 3, 24]), 4, getattr(torch, dtype)
+    forward = scheduler.plan(mask, Layout.zigzag(64, ranks), 4, 2)
+    backward = derive_backward(forward, keep=keep)
+    q, do = torch.randn(1, 64, 4, 8, dtype=kind), torch.randn(1, 64, 4, 16, dtype=kind)
+    k, v = torch.randn(1, 64, 2, 8, dtype=kind), torch.randn(1, 64, 2, 16, dtype=kind)
+    in_process.run_in_process(forward, mask, q, k, v, do, backend=BACKENDS["reference"], backward_program=backward)
+    sent = [endpoint.bytes_sent for endpoint in endpoints]
+    shape = Shape(8, 16, dtype)
+    assert sent[:ranks] == count(forward, mask, shape).bytes_sent_per_rank.tolist()
+    assert sent[ranks:] == count(backward, mask, shape).bytes_sent_per_rank.tolist()
+    assert min(sent) > 0

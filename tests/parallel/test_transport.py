@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 
 from distattn.attention import attention
-from distattn.errors import AgreementError, TransportError
+from distattn.errors import AgreementError, InputError, TransportError
 from distattn.mask import Mask
 from distattn.planning import Plan, plan
 from distattn.testing import RankFailedError, run_ranks
@@ -130,3 +130,24 @@ def miscount(rank: int, world: int) -> str:
 def test_cache_hits_are_compared() -> None:
     for message in run_ranks(miscount, 2):
         assert "planned different things in plan call 1" in message
+
+
+def one_bad_input(rank: int, world: int) -> tuple[str, float]:
+    """Rank 1 passes a wrong shape; the ranks that wait for it must not wait for the timeout."""
+    warm_up()
+    made = make_plan()
+    started = time.monotonic()
+    if rank == 1:
+        with pytest.raises(InputError) as refused:
+            attention(*(torch.ones(1, 3, heads, 4) for heads in (4, 2, 2)), made)  # type: ignore[misc]
+        return str(refused.value), 0.0
+    with pytest.raises(TransportError) as caught:
+        attend(made)
+    return str(caught.value), time.monotonic() - started
+
+
+def test_bad_input_on_one_rank_reaches_the_others() -> None:
+    results = run_ranks(one_bad_input, 2)
+    assert "q must have shape" in results[1][0]
+    assert results[0][0].startswith("rank 1 refused its input: q must have shape")
+    assert results[0][1] < 5

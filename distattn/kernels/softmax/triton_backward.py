@@ -22,8 +22,10 @@ def _weights(b_a, b_b, b_lse, score_scale, cap_scale, SCORES: tl.constexpr):
     b_s = scores(b_a, b_b, cap_scale, SCORES)
     b_p = tl.exp2(b_s * score_scale - b_lse)
     if SCORES == SCORES_CAPPED:
-        return b_p, 1.0 - b_s * b_s
-    return b_p, 1.0
+        b_slope = 1.0 - b_s * b_s
+    else:
+        b_slope = 1.0
+    return b_p, b_slope
 
 
 @triton.jit

@@ -1,0 +1,124 @@
+"""NCCL on 2 GPUs: every scheduler against the dense fp64 oracle, bf16 against plain torch, and a rank that oversleeps."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+
+from distattn.attention import attention, attention_begin, attention_compute, attention_finish
+from distattn.errors import TransportError
+from distattn.mask import Mask
+from distattn.parallel.schedulers import SCHEDULERS
+from distattn.planning import plan
+from distattn.testing import run_ranks
+from tests.parallel.cases import inputs, oracle
+
+pytestmark = pytest.mark.gpu(2)
+
+WORLD = 2
+HEADS, KV_HEADS = 8, 2
+
+
+def run_exact(rank: int, world: int) -> list[tuple[str, float]]:
+    """fp64 through the reference kernel: what NCCL carries must be exactly what gloo carries."""
+    errors = []
+    for name, mask in {"causal": Mask.causal(37), "documents": Mask.documents([5, 1, 19, 12])}.items():
+        tensors = inputs(37, HEADS, KV_HEADS, 8, 8, batch=2)
+        want = oracle(*tensors, mask)
+        q, k, v, do = (x.cuda() for x in tensors)
+        for strategy in SCHEDULERS:
+            made = plan(
+                mask, heads=HEADS, kv_heads=KV_HEADS, head_dim=8, group=dist.group.WORLD, strategy=strategy,
+                kernel="reference",
+            )  # fmt: skip
+            for split in (False, True):
+                local = [made.shard(x).requires_grad_() for x in (q, k, v)]
+                if split:
+                    handle = attention_begin(*local, made, return_lse=True)
+                    attention_compute(handle)
+                    out, lse = attention_finish(handle)
+                else:
+                    out, lse = attention(*local, made, return_lse=True)
+                out.backward(made.shard(do))
+                got = (out.detach(), lse.detach(), *(x.grad for x in local))
+                worst = max((x.cpu() - y[:, made.positions]).abs().max().item() for x, y in zip(got, want, strict=True))
+                errors.append((f"{strategy} {name} split={split}", worst))
+    return errors
+
+
+def test_fp64_is_exact() -> None:
+    for errors in run_ranks(run_exact, WORLD, backend="nccl", timeout_s=240):
+        assert {name: error for name, error in errors if not error < 1e-10} == {}
+
+
+def run_bf16(rank: int, world: int) -> dict[str, list[tuple[float, float]]]:
+    """For each strategy: (our error, plain torch's error at the same dtype) of out, dq, dk, dv."""
+    n, width = 2048, 128
+    mask = Mask.causal(n)
+    tensors = [x.cuda().bfloat16() for x in inputs(n, HEADS, KV_HEADS, width, width)]
+    exact = plan(mask, heads=HEADS, kv_heads=KV_HEADS, head_dim=width, kernel="reference")
+
+    def gradients(fn: Any, *xs: torch.Tensor) -> list[torch.Tensor]:
+        leaves = [x.detach().clone().requires_grad_() for x in xs[:3]]
+        out = fn(*leaves)
+        out.backward(xs[3])
+        return [out.detach(), *(x.grad for x in leaves if x.grad is not None)]
+
+    def plain(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+        return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True).transpose(1, 2)
+
+    want = gradients(lambda *x: attention(*x, exact), *(x.double() for x in tensors))
+    peer = gradients(plain, *tensors)
+    results = {}
+    for strategy in SCHEDULERS:
+        made = plan(mask, heads=HEADS, kv_heads=KV_HEADS, head_dim=width, group=dist.group.WORLD, strategy=strategy)
+        got = gradients(lambda *x, made=made: attention(*x, made), *(made.shard(x) for x in tensors))
+        results[strategy] = [
+            (
+                (g.double() - made.shard(w)).abs().max().item(),
+                (p.double() - w).abs().max().item(),
+            )
+            for g, w, p in zip(got, want, peer, strict=True)
+        ]
+    return results
+
+
+def test_bf16_is_as_good_as_plain_torch() -> None:
+    for results in run_ranks(run_bf16, WORLD, backend="nccl", timeout_s=240):
+        for strategy, errors in results.items():
+            for name, (ours, plain) in zip(("out", "dq", "dk", "dv"), errors, strict=True):
+                assert ours <= 2 * plain, f"{strategy} {name}: {ours} against {plain}"
+
+
+def run_oversleep(rank: int, world: int) -> tuple[str, float]:
+    """Rank 0 stays out of a transfer: rank 1's host must not block for ever."""
+    mask = Mask.causal(256)
+    shape: dict[str, Any] = {"heads": HEADS, "kv_heads": KV_HEADS, "head_dim": 64, "strategy": "ring"}
+    made = plan(mask, group=dist.group.WORLD, **shape)
+    q, k, v = (x.cuda().bfloat16() for x in inputs(256, HEADS, KV_HEADS, 64, 64)[:3])
+    attention(made.shard(q), made.shard(k), made.shard(v), made)
+    torch.cuda.synchronize()
+    dist.barrier()
+    late = plan(mask, group=dist.group.WORLD, timeout_s=3.0, **shape)
+    if rank == 0:
+        time.sleep(15)
+        return "", 0.0
+    started = time.monotonic()
+    with pytest.raises(TransportError) as caught:
+        while time.monotonic() - started < 30:
+            attention(late.shard(q), late.shard(k), late.shard(v), late)
+            torch.cuda.synchronize()
+    return str(caught.value), time.monotonic() - started
+
+
+def test_a_rank_that_oversleeps_is_named() -> None:
+    message, seconds = run_ranks(run_oversleep, WORLD, backend="nccl", timeout_s=120)[1]
+    assert "of the ring forward for KV rows from rank 0" in message
+    assert "ranks not seen waiting: 0" in message
+    assert seconds < 15
