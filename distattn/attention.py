@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Generator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal, overload
 
 import torch
 from torch import Tensor
@@ -27,6 +27,20 @@ from distattn.planning import DTYPES, Plan, plan_of
 
 _FEATURE_ALIGNMENT = 8
 """Head dimensions that a key bias has widened are padded to a multiple of this, as kernels want them."""
+
+
+@overload
+def attention(
+    q: Tensor, k: Tensor, v: Tensor, plan: Plan, *, scale: float | None = None, sink: Tensor | None = None,
+    softcap: float | None = None, key_bias: Tensor | None = None, return_lse: Literal[False] = False,
+) -> Tensor: ...  # fmt: skip
+
+
+@overload
+def attention(
+    q: Tensor, k: Tensor, v: Tensor, plan: Plan, *, scale: float | None = None, sink: Tensor | None = None,
+    softcap: float | None = None, key_bias: Tensor | None = None, return_lse: Literal[True],
+) -> tuple[Tensor, Tensor]: ...  # fmt: skip
 
 
 def attention(
@@ -110,11 +124,10 @@ def _checked_call(
         raise InputError(f"softcap must be positive or None, got {softcap}")
     if sink is not None and tuple(sink.shape) != (plan.heads,):
         raise InputError(f"sink must have one logit a query head, shape ({plan.heads},), got {tuple(sink.shape)}")
-    if scale is None:
-        scale = q.shape[-1] ** -0.5
+    factor = q.shape[-1] ** -0.5 if scale is None else float(scale)
     if key_bias is not None:
-        q, k = _augment(q, k, key_bias, scale)
-    return _Call(q, k, v, scale, return_lse or sink is not None)
+        q, k = _augment(q, k, key_bias, factor)
+    return _Call(q, k, v, factor, return_lse or sink is not None)
 
 
 def _check_inputs(q: Tensor, k: Tensor, v: Tensor, plan: Plan) -> None:
@@ -379,8 +392,10 @@ class _Finish(torch.autograd.Function):
         return out, lse
 
     @staticmethod
-    def backward(ctx: Any, do: Tensor, dlse: Tensor) -> tuple:  # pyright: ignore[reportIncompatibleMethodOverride]
+    def backward(ctx: Any, do: Tensor, dlse: Tensor | None) -> tuple:  # pyright: ignore[reportIncompatibleMethodOverride]
         handle: AttentionHandle = ctx.handle
-        execution = _backward(handle.plan, *ctx.saved_tensors, do, dlse if handle.lse_gradient else None, handle.kernel)
+        q, k, v, out, lse = ctx.saved_tensors
+        dlse = dlse if handle.lse_gradient else None
+        execution = _backward(handle.plan, q, k, v, out, lse, do, dlse, handle.kernel)
         handle.backward = _Phases(execution)
         return do.new_zeros(()), None, None, None, None

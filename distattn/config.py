@@ -88,7 +88,8 @@ class OptimConfig:
 
 @dataclass(frozen=True)
 class ParallelConfig:
-    """context: ranks that share one sequence. data: groups of ``context`` ranks with different sequences; 0 fills the machine."""
+    """context: ranks that share one sequence. data: groups of ``context`` ranks, each with sequences of its own; 0 makes as
+    many as there are devices for (one on a CPU). strategy: a scheduler's name, or auto."""
 
     context: int = 1
     data: int = 0
@@ -215,7 +216,10 @@ def _schema(kind: type) -> dict[str, Any]:
     for name in node:
         child = node._get_node(name)
         declared = OmegaConf.get_type(child) if isinstance(child, DictConfig) else None
-        tree[str(name)] = _schema(declared) if dataclasses.is_dataclass(declared) else child._metadata.ref_type
+        if isinstance(declared, type) and dataclasses.is_dataclass(declared):
+            tree[str(name)] = _schema(declared)
+        else:
+            tree[str(name)] = child._metadata.ref_type
     return tree
 
 

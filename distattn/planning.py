@@ -6,7 +6,7 @@ import itertools
 import threading
 import weakref
 from collections import OrderedDict
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import cached_property
 from typing import Any
 
@@ -150,27 +150,56 @@ class Plan:
             kernel = f"{backend.name} ({why})"
         except UnsupportedError as error:
             kernel = f"none: {error}"
-        name = str(dtype).removeprefix("torch.")
+        name = _dtype_name(dtype)
         cost = count(self.program, self.mask, Shape(self.head_dim, self.value_dim, name))
-        work = cost.flops_per_rank
-        return "\n".join(
-            [
-                f"mask       {self.mask.num_queries} × {self.mask.num_keys}, {self.mask.area} pairs in {len(self.mask.bands)} bands",
-                f"layout     {self.layout.name} over {self.num_ranks} ranks ({self.reasons['layout']})",
-                f"strategy   {self.strategy} ({self.reasons['strategy']})",
-                f"kernel     {kernel}",
-                f"shape      {self.heads}:{self.kv_heads} heads of {self.head_dim} (values {self.value_dim}), {name} on {device}",
-                f"stages     {self.program.num_stages} forward, {self.backward_program.num_stages} backward",
-                f"sent       {_per_rank(cost.bytes_sent_per_rank / 1e6)} MB a rank, forward, batch 1",
-                f"work       {_per_rank(work / 1e9)} GFLOP a rank, forward, batch 1; imbalance {cost.imbalance:.3f} (max/mean)",
-            ]
-        )
+        sent, work = cost.bytes_sent_per_rank / 1e6, cost.flops_per_rank / 1e9
+        mask = self.mask
+        lines = {
+            "mask": f"{mask.num_queries} × {mask.num_keys}, {mask.area} pairs in {len(mask.bands)} bands",
+            "layout": f"{self.layout.name} over {self.num_ranks} ranks ({self.reasons['layout']})",
+            "strategy": f"{self.strategy} ({self.reasons['strategy']})",
+            "kernel": kernel,
+            "shape": f"{self.heads}:{self.kv_heads} heads of {self.head_dim} (values {self.value_dim}), {name} on {device}",
+            "stages": f"{self.program.num_stages} forward, {self.backward_program.num_stages} backward",
+            "sent": f"{_per_rank(sent)} MB a rank, forward, batch 1",
+            "work": f"{_per_rank(work)} GFLOP a rank, forward, batch 1; imbalance {cost.imbalance:.3f} (max/mean)",
+        }
+        return "\n".join(f"{word:10} {text}" for word, text in lines.items())
 
 
 def _per_rank(values: np.ndarray) -> str:
     if len(values) > 8:
         return f"{values.min():.4g} to {values.max():.4g}"
     return ", ".join(f"{x:.4g}" for x in values.tolist())
+
+
+@dataclass(frozen=True)
+class _Request:
+    """The arguments of one ``plan`` call with defaults filled in."""
+
+    mask: Mask
+    heads: int
+    kv_heads: int
+    head_dim: int
+    value_dim: int
+    num_ranks: int
+    strategy: str
+    layout: Layout | None
+    kernel: str
+    dtype: torch.dtype | None
+    topology: Hardware | str | None
+    deterministic: bool
+    sparse: object
+    options: Any
+    timeout_s: float | None
+
+    def summary(self) -> str:
+        """Equal exactly if the requests are: compared over ranks, key of the cache, and shown where ranks disagree."""
+        shown = {x.name: getattr(self, x.name) for x in fields(self)}
+        shown["mask"] = self.mask.digest
+        if isinstance(self.layout, Layout):
+            shown["layout"] = self.layout.digest
+        return " ".join(f"{name}={value}" for name, value in shown.items() if value is not None)
 
 
 def plan(
@@ -206,47 +235,33 @@ def plan(
         raise PlanError(
             f"mask must be a distattn.Mask, got {type(mask).__name__}; make one with Mask.causal(n) or its siblings"
         )
-    if kv_heads is None:
-        kv_heads = heads
-    if value_dim is None:
-        value_dim = head_dim
-    num_ranks = 1 if group is None else dist.get_world_size(group)
-    inputs = (
-        f"mask={mask.digest[:12]} heads={heads}:{kv_heads} head_dim={head_dim} value_dim={value_dim} strategy={strategy} "
-        f"layout={layout.digest[:12] if isinstance(layout, Layout) else layout} kernel={kernel} dtype={dtype} "
-        f"topology={topology} deterministic={deterministic} options={options} timeout_s={timeout_s}"
+    request = _Request(
+        mask=mask,
+        heads=heads,
+        kv_heads=heads if kv_heads is None else kv_heads,
+        head_dim=head_dim,
+        value_dim=head_dim if value_dim is None else value_dim,
+        num_ranks=1 if group is None else dist.get_world_size(group),
+        strategy=strategy,
+        layout=layout,
+        kernel=kernel,
+        dtype=dtype,
+        topology=topology,
+        deterministic=deterministic,
+        sparse=sparse,
+        options=options,
+        timeout_s=timeout_s,
     )
+    inputs = request.summary()
     if group is not None:
         board_of(group).agree(inputs)
-    _check(heads, kv_heads, head_dim, value_dim, num_ranks, strategy, layout, kernel, dtype, sparse, options, timeout_s)
+    _check(request)
     cache = _cache_of(group)
     with _lock:
         if inputs in cache:
             cache.move_to_end(inputs)
             return cache[inputs]
-    hardware = _hardware(topology, group)
-    chosen, chosen_layout, program, reasons = _schedule(
-        mask, num_ranks, heads, kv_heads, head_dim, value_dim, dtype, strategy, layout, hardware, options
-    )
-    made = Plan(
-        mask=mask,
-        layout=chosen_layout,
-        program=program,
-        strategy=chosen,
-        heads=heads,
-        kv_heads=kv_heads,
-        head_dim=head_dim,
-        value_dim=value_dim,
-        dtype=dtype,
-        kernel=kernel,
-        deterministic=deterministic,
-        rank=0 if group is None else dist.get_rank(group),
-        group=group,
-        transport=None if group is None else Collective(group, timeout_s=timeout_s),
-        hardware=hardware,
-        reasons=reasons,
-        handle=next(_handles),
-    )
+    made = _make(request, group)
     with _lock:
         _plans[made.handle] = made
         cache[inputs] = made
@@ -282,79 +297,99 @@ def _hardware(topology: Hardware | str | None, group: dist.ProcessGroup | None) 
     return find_hardware("h100" if on_gpu else "cpu")
 
 
-def _schedule(
-    mask: Mask,
-    num_ranks: int,
-    heads: int,
-    kv_heads: int,
-    head_dim: int,
-    value_dim: int,
-    dtype: torch.dtype | None,
-    strategy: str,
-    layout: Layout | None,
-    hardware: Hardware,
-    options: Any,
-) -> tuple[str, Layout, Program, dict[str, str]]:
+def _make(request: _Request, group: dist.ProcessGroup | None) -> Plan:
+    """Plan what was checked and is not in the cache."""
+    hardware = _hardware(request.topology, group)
+    strategy, layout, program, reasons = _schedule(request, hardware)
+    return Plan(
+        mask=request.mask,
+        layout=layout,
+        program=program,
+        strategy=strategy,
+        heads=request.heads,
+        kv_heads=request.kv_heads,
+        head_dim=request.head_dim,
+        value_dim=request.value_dim,
+        dtype=request.dtype,
+        kernel=request.kernel,
+        deterministic=request.deterministic,
+        rank=0 if group is None else dist.get_rank(group),
+        group=group,
+        transport=None if group is None else Collective(group, timeout_s=request.timeout_s),
+        hardware=hardware,
+        reasons=reasons,
+        handle=next(_handles),
+    )
+
+
+def _schedule(r: _Request, hardware: Hardware) -> tuple[str, Layout, Program, dict[str, str]]:
     """(strategy, layout, program, why each was chosen)."""
     given = "given by the caller"
-    if strategy == "auto":
-        name = str(dtype or torch.bfloat16).removeprefix("torch.")
+    if r.strategy == "auto":
         choice = choose_strategy(
-            mask, num_ranks, heads, kv_heads, head_dim=head_dim, value_dim=value_dim, dtype=name, hardware=hardware,
-            layout=layout,
-        )  # fmt: skip
-        why = given if layout else choose_layout(mask, num_ranks, choice.strategy).reason
+            r.mask,
+            r.num_ranks,
+            r.heads,
+            r.kv_heads,
+            head_dim=r.head_dim,
+            value_dim=r.value_dim,
+            dtype=_dtype_name(r.dtype or torch.bfloat16),
+            hardware=hardware,
+            layout=r.layout,
+        )
+        why = given if r.layout else choose_layout(r.mask, r.num_ranks, choice.strategy).reason
         return choice.strategy, choice.layout, choice.program, {"layout": why, "strategy": choice.reason}
-    why = given
+    layout, why = r.layout, given
     if layout is None:
-        placed = choose_layout(mask, num_ranks, strategy)
+        placed = choose_layout(r.mask, r.num_ranks, r.strategy)
         layout, why = placed.layout, placed.reason
-    check_rows(mask, layout)
-    program = find_scheduler(strategy).plan(mask, layout, heads, kv_heads, options)
-    return strategy, layout, program, {"layout": why, "strategy": given}
+    program = find_scheduler(r.strategy).plan(r.mask, layout, r.heads, r.kv_heads, r.options)
+    return r.strategy, layout, program, {"layout": why, "strategy": given}
 
 
-def _check(
-    heads: int,
-    kv_heads: int,
-    head_dim: int,
-    value_dim: int,
-    num_ranks: int,
-    strategy: str,
-    layout: Layout | None,
-    kernel: str,
-    dtype: torch.dtype | None,
-    sparse: object,
-    options: Any,
-    timeout_s: float | None,
-) -> None:
+def _check(r: _Request) -> None:
     """Refuse what no schedule can be made for, naming the argument."""
-    check_heads(heads, kv_heads)
-    for name, size in (("head_dim", head_dim), ("value_dim", value_dim)):
+    check_heads(r.heads, r.kv_heads)
+    for name, size in (("head_dim", r.head_dim), ("value_dim", r.value_dim)):
         if size < 1:
             raise PlanError(f"{name} must be at least 1, got {size}")
-    if sparse is not None:
-        raise UnsupportedError(
-            "sparse must be None: plans with block-sparse patterns are not supported, masks made of bands are"
+    if r.sparse is not None:
+        raise UnsupportedError("sparse must be None: block-sparse patterns are not supported, masks made of bands are")
+    if r.layout is not None:
+        check_rows(r.mask, r.layout)
+        if r.layout.num_ranks != r.num_ranks:
+            raise PlanError(
+                f"layout is for {r.layout.num_ranks} ranks, the group has {r.num_ranks}; make it for the group's size"
+            )
+    if r.mask.num_queries != r.mask.num_keys:
+        raise PlanError(
+            f"the mask is over {r.mask.num_queries} queries and {r.mask.num_keys} keys, but a rank holds the same rows of "
+            "q, k and v; both must be equal"
         )
-    if layout is not None and layout.num_ranks != num_ranks:
-        raise PlanError(f"layout is for {layout.num_ranks} ranks, the group has {num_ranks}; make it for the group's size")
-    if kernel != "auto" and kernel not in BACKENDS:
-        raise UnsupportedError(f"kernel={kernel!r} is unknown; it may be auto, {', '.join(BACKENDS)}")
-    if dtype is not None and dtype not in DTYPES:
-        raise UnsupportedError(f"dtype={dtype} is not supported; use one of {', '.join(map(str, DTYPES))}")
-    if timeout_s is not None and timeout_s <= 0:
-        raise PlanError(f"timeout_s must be positive, got {timeout_s}")
-    if strategy == "auto":
-        if options is not None:
+    if r.kernel != "auto" and r.kernel not in BACKENDS:
+        raise UnsupportedError(f"kernel={r.kernel!r} is unknown; it may be auto, {', '.join(BACKENDS)}")
+    if r.dtype is not None and r.dtype not in DTYPES:
+        raise UnsupportedError(f"dtype={r.dtype} is not supported; use one of {', '.join(map(str, DTYPES))}")
+    if r.timeout_s is not None and r.timeout_s <= 0:
+        raise PlanError(f"timeout_s must be positive, got {r.timeout_s}")
+    _check_strategy(r)
+
+
+def _check_strategy(r: _Request) -> None:
+    if r.strategy == "auto":
+        if r.options is not None:
             raise PlanError('options belong to one strategy: name it instead of strategy="auto"')
         return
-    scheduler = find_scheduler(strategy)
-    if options is not None and not isinstance(options, scheduler.options):
-        raise PlanError(f"options of {strategy} must be {scheduler.options.__name__}, got {type(options).__name__}")
-    reason = scheduler.why_not(heads, num_ranks)
+    scheduler = find_scheduler(r.strategy)
+    if r.options is not None and not isinstance(r.options, scheduler.options):
+        raise PlanError(f"options of {r.strategy} must be {scheduler.options.__name__}, got {type(r.options).__name__}")
+    reason = scheduler.why_not(r.heads, r.num_ranks)
     if reason:
         raise PlanError(reason)
+
+
+def _dtype_name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 def _checked_dim(x: Tensor, dim: int) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from typing import Any
 
 import pytest
@@ -27,8 +28,8 @@ MASK = Mask.sliding_window(13, 5, 1) & (Mask.from_bands([(2, 6, 0, 13, -99, 99),
 
 
 def make_plan(mask: Mask = MASK, **changes: Any) -> Plan:
-    shape = {"heads": HEADS, "kv_heads": KV_HEADS, "head_dim": WIDTH, "kernel": "reference"}
-    return plan(mask, **(shape | changes))
+    shape: dict[str, Any] = {"heads": HEADS, "kv_heads": KV_HEADS, "head_dim": WIDTH, "kernel": "reference"}
+    return plan(mask, **{**shape, **changes})
 
 
 def dense(
@@ -95,6 +96,7 @@ def test_rows_that_see_nothing() -> None:
     q, k, v, do = leaves(*inputs(13, HEADS, KV_HEADS, WIDTH))
     sink = torch.zeros(HEADS, dtype=torch.double, requires_grad=True)
     assert q is not None
+    assert do is not None
     out, lse = attention(q, k, v, make_plan(), sink=sink, return_lse=True)  # type: ignore[arg-type, misc]
     assert (out[:, [0, 1, 6]] == 0).all()
     assert (lse[:, [0, 1, 6]] == 0).all(), "only the sink's logit, 0, is left"
@@ -151,7 +153,7 @@ def test_bad_input_names_the_argument(change: dict[str, Any], message: str) -> N
 
 
 def test_a_plan_for_one_dtype_refuses_others() -> None:
-    with pytest.raises(InputError, match="q is torch.float32, but the plan was made for torch.bfloat16"):
+    with pytest.raises(InputError, match=r"q is torch\.float32, but the plan was made for torch\.bfloat16"):
         attention(*GOOD, make_plan(dtype=torch.bfloat16))  # type: ignore[arg-type]
 
 
@@ -178,8 +180,8 @@ def test_operator_is_registered_soundly() -> None:
 
 
 def test_selective_checkpointing_runs_attention_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    import distattn.attention as module
-
+    # The package's attribute of that name is the function.
+    module = importlib.import_module("distattn.attention")
     calls: list[str] = []
     real = module._forward
     monkeypatch.setattr(module, "_forward", lambda *a: calls.append("forward") or real(*a))

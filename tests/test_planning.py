@@ -38,7 +38,7 @@ SHAPE: dict[str, Any] = {"heads": 4, "kv_heads": 2, "head_dim": 8}
     ],
 )
 def test_bad_arguments_are_named(change: dict[str, Any], error: type[DistattnError], message: str) -> None:
-    arguments = {"mask": Mask.causal(10)} | SHAPE | change
+    arguments: dict[str, Any] = {"mask": Mask.causal(10)} | SHAPE | change
     mask = arguments.pop("mask")
     with pytest.raises(error, match=message):
         plan(mask, **arguments)
@@ -47,7 +47,8 @@ def test_bad_arguments_are_named(change: dict[str, Any], error: type[DistattnErr
 def test_plans_are_cached_by_value() -> None:
     first = plan(Mask.causal(10), **SHAPE)
     assert plan(Mask.from_bands([(0, 10, 0, 10, -(1 << 40), 0)], 10, 10), **SHAPE) is first
-    assert plan(Mask.causal(10), **(SHAPE | {"head_dim": 16})) is not first
+    wider: dict[str, Any] = SHAPE | {"head_dim": 16}
+    assert plan(Mask.causal(10), **wider) is not first
     assert plan(Mask.causal(11), **SHAPE) is not first
 
 

@@ -58,7 +58,7 @@ def test_death_without_a_word_is_told() -> None:
 
 def test_hanging_ranks_are_ended() -> None:
     started = time.monotonic()
-    with pytest.raises(RankFailedError, match="no result after 12 s from rank .*1"):
+    with pytest.raises(RankFailedError, match=r"no result after 12 s from rank .*1"):
         run_ranks(hang, 2, timeout_s=12)
     assert time.monotonic() - started < 25
     assert children() == 0

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
-REQUIRED = ("torch", "numpy", "omegaconf", "rich", "safetensors", "tokenizers", "typer")
+REQUIRED = ("torch", "numpy", "omegaconf", "pyyaml", "rich", "safetensors", "tokenizers", "typer")
 OPTIONAL = {
     "triton": ("Triton kernels", "comes with torch's CUDA builds"),
     "matplotlib": ("loss.png, distattn plan --plot", 'pip install "distattn[plot]"'),

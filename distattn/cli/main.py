@@ -22,7 +22,7 @@ _PASS_THROUGH = {"allow_extra_args": True, "ignore_unknown_options": True}
 
 @app.command()
 def train(
-    config: Annotated[Path, typer.Argument(help="YAML file, for instance configs/quickstart.yaml")],
+    config: Annotated[Path, typer.Argument(metavar="CONFIG", help="YAML file, for instance configs/quickstart.yaml")],
     overrides: Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="keys to set")] = None,
 ) -> None:
     """Train or resume, one process per device here; joins RANK and WORLD_SIZE where they are set.

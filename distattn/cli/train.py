@@ -78,15 +78,14 @@ def _prepare(config: Config, ranks: Ranks, stack: ExitStack) -> RunLock | None:
 
 def _train_as_rank(config: Config) -> int:
     ranks = choose_ranks(config, world=int(os.environ["WORLD_SIZE"]))
-    rank, _ = init_from_environment(ranks.device_type, timeout_s=config.train.timeout_seconds)
     with ExitStack() as stack:
-        # Our launcher's parent process has prepared the run; under another launcher nobody has.
-        if STORE_VARIABLE not in os.environ and not _prepared_by_rank_0(config, ranks, rank, stack):
-            return 0
         stop = stack.enter_context(stop_on_signal())
-        device = torch.device("cuda", torch.cuda.current_device()) if ranks.device_type == "cuda" else torch.device("cpu")
-        mesh = build_mesh(ranks.data, ranks.context, rank, device)
-        Trainer(config, RunDir(config.run.dir), mesh, open_cache(config.data), stop).run()
+        rank, _ = init_from_environment(ranks.device_type, timeout_s=config.train.timeout_seconds)
+        # Our launcher's parent process has prepared the run; under another launcher nobody has.
+        if STORE_VARIABLE in os.environ or _prepared_by_rank_0(config, ranks, rank, stack):
+            device = torch.device("cuda", torch.cuda.current_device()) if ranks.device_type == "cuda" else torch.device("cpu")
+            mesh = build_mesh(ranks.data, ranks.context, rank, device)
+            Trainer(config, RunDir(config.run.dir), mesh, open_cache(config.data), stop).run()
     dist.destroy_process_group()
     return 0
 

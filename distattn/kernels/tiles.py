@@ -100,7 +100,8 @@ def windows(tiles: np.ndarray) -> tuple[Piece, ...]:
     """Tiles as the fewest rectangles for a kernel whose windows are aligned to the bottom right corner.
 
     Such a kernel sees key j from query i, both counted from the piece's corner, when
-    ``−left ≤ j − i − (keys − queries) ≤ right``. In these pieces ``0 ≤ left, right < keys`` wherever the bound exists.
+    ``−left ≤ j − i − (keys − queries) ≤ right``. In these pieces ``0 ≤ left, right < keys`` wherever the bound exists, and
+    those with a lower bound alone have at most ``keys + 1`` queries.
     """
     tiles = np.ascontiguousarray(tiles, dtype=np.int64).reshape(-1, len(TILE_COLUMNS))
     return _windows(tiles.tobytes())
@@ -114,15 +115,23 @@ def _windows(table: bytes) -> tuple[Piece, ...]:
 
 
 def _cut_tall(tiles: np.ndarray) -> np.ndarray:
-    """Cut off the rows that an upper bound hides nothing from, in tiles with many more queries than keys.
+    """Cut off the rows that a bound hides nothing from, in tiles with many more queries than keys.
 
-    There ``right ≥ keys`` though the bound is active, and a kernel takes ``right ≥ keys`` for unbounded.
+    Above the rows that a lower bound reaches, and below those that an upper bound reaches, ``left`` and ``right`` would have
+    to be larger than the keys are many; a kernel takes ``right ≥ keys`` for unbounded, and an unbounded right for ``keys``.
     """
     right = tiles[:, T_HI] - (tiles[:, T_K1] - tiles[:, T_Q1])
     tall = (tiles[:, T_HI] < UNBOUNDED) & (right >= tiles[:, T_K1] - tiles[:, T_K0])
-    below = tiles[tall, T_K1] - 1 - tiles[tall, T_HI]
-    halves = (_with(tiles[tall], q1=below), _with(tiles[tall], q0=below))
-    return np.concatenate((tiles[~tall], clip_tiles(np.concatenate(halves))))
+    tiles = _cut_rows(tiles, tall, tiles[:, T_K1] - 1 - tiles[:, T_HI])
+    tall = tiles[:, T_Q1] - tiles[:, T_Q0] > tiles[:, T_K1] - tiles[:, T_K0] + 1
+    tall &= (tiles[:, T_LO] > -UNBOUNDED) & (tiles[:, T_HI] >= UNBOUNDED)
+    return _cut_rows(tiles, tall, tiles[:, T_K0] - tiles[:, T_LO] + 1)
+
+
+def _cut_rows(tiles: np.ndarray, which: np.ndarray, row: np.ndarray) -> np.ndarray:
+    """Cut the tiles ``which`` (bool) above ``row`` (one of each tile), and clip the halves."""
+    halves = (_with(tiles[which], q1=row[which]), _with(tiles[which], q0=row[which]))
+    return np.concatenate((tiles[~which], clip_tiles(np.concatenate(halves))))
 
 
 def _classify(tiles: np.ndarray) -> np.ndarray:

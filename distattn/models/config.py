@@ -59,7 +59,7 @@ class ModelConfig:
     dim is the width of the residual stream and ffn_dim that of the gated hidden layer. heads × head_dim need not equal
     dim. Linear layers have no biases. sliding_window: keys that a query sees at most, itself included, within its
     document; 0 is the whole document. (The plan's mask decides; this is for whoever makes the plan.) init_std: standard
-    deviation of the initial weights; those that write to the residual stream get init_std / sqrt(2 · num_layers).
+    deviation of the initial weights; see ``Decoder.init_weights`` for the ones that differ.
     """
 
     vocab_size: int = 256

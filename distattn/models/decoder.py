@@ -182,21 +182,30 @@ class Decoder(nn.Module):
 
     @torch.no_grad()
     def init_weights(self, seed: int) -> None:
-        """Draw all weights anew: norms 1, matrices normal with init_std, those into the residual stream narrower.
+        """Draw all weights anew: norms 1, matrices normal with init_std, those into the residual stream narrower by
+        sqrt(2 · num_layers). Untied embeddings are unit normal and their output projection 0: tokens are told apart from
+        the first step on, and the first loss is ln(vocab_size).
 
         Each parameter has a generator of its own, keyed by seed and name, and is drawn whole before it is sharded: the
         values do not depend on the number of ranks or on which parameters a rank holds, only on the device type.
         """
-        narrow = self.config.init_std / math.sqrt(2 * self.config.num_layers)
         for name, parameter in self.named_parameters():
             if parameter.dim() == 1:
                 parameter.fill_(1.0)
                 continue
             key = hashlib.sha256(f"{seed}/{name}".encode()).digest()
             generator = torch.Generator(parameter.device).manual_seed(int.from_bytes(key[:7], "little"))
-            std = narrow if name.endswith(("attention.o.weight", "feed_forward.down.weight")) else self.config.init_std
             whole = torch.empty(parameter.shape, dtype=torch.float32, device=parameter.device)
-            _assign(parameter, whole.normal_(0.0, std, generator=generator))
+            _assign(parameter, whole.normal_(generator=generator).mul_(self._initial_std(name)))
+
+    def _initial_std(self, name: str) -> float:
+        if name == "output.weight":
+            return 0.0
+        if name == "embedding.weight" and self.output is not None:
+            return 1.0
+        if name.endswith(("attention.o.weight", "feed_forward.down.weight")):
+            return self.config.init_std / math.sqrt(2 * self.config.num_layers)
+        return self.config.init_std
 
 
 def _assign(parameter: nn.Parameter, whole: Tensor) -> None:

@@ -92,7 +92,8 @@ class Execution:
         poison: bool = False,
     ) -> None:
         """home: the rank's own tensors q, k, v [B, S_local, heads, D]; in the backward also do, lse, delta, and out where
-        the backend needs it. label: the schedule's name, for error messages. kept: the fields of a forward that kept what it received. poison: fresh memory holds NaN."""
+        the backend needs it. label: the schedule's name, for error messages. kept: the fields of a forward that kept what
+        it received. poison: fresh memory holds NaN."""
         q, v = home["q"], home["v"]
         self.lowered, self.transport, self.kernel, self.poison = lowered, transport, kernel, poison
         self.label = label
@@ -148,9 +149,8 @@ class Execution:
                     column[i] = kept[name][i]
                 elif not (i == HOME_Q and lowered.out_alone and name in ("acc", "m", "l")):
                     size = (s.batch, arena.num_rows, arena.num_heads, *width)
-                    column[i] = torch.empty(size, dtype=dtype, device=self.device)
-                    if self.poison:
-                        column[i].fill_(float("nan"))
+                    fresh = torch.empty(size, dtype=dtype, device=self.device)
+                    column[i] = fresh.fill_(float("nan")) if self.poison else fresh
         if lowered.out_alone:
             rows, heads = lowered.arenas[HOME_Q].num_rows, lowered.arenas[HOME_Q].num_heads
             empty = empty_carry(s.batch, rows, heads, s.value_dim, dtype=s.dtype, device=self.device)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 
 import numpy as np
@@ -43,7 +44,7 @@ def build_tiles(
     which = which.reshape(-1)[kind]
     order = np.lexsort((tiles[:, 2], tiles[:, 0], tiles[:, 6], which))
     bounds = pointers(which[order], len(calls))
-    tables = [np.ascontiguousarray(tiles[order[a:b]]) for a, b in zip(bounds[:-1], bounds[1:])]
+    tables = [np.ascontiguousarray(tiles[order[a:b]]) for a, b in itertools.pairwise(bounds.tolist())]
     return calls, tables
 
 

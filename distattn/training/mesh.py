@@ -61,6 +61,7 @@ def build_mesh(data: int, context: int, rank: int, device: torch.device) -> Mesh
         for first in range(0, data * context, context):  # every rank takes part in making every group
             group = dist.new_group(list(range(first, first + context)))
             if first <= rank < first + context:
+                assert isinstance(group, dist.ProcessGroup)
                 own_group = group
     flat = init_device_mesh(device.type, (data * context,), mesh_dim_names=("all_ranks",))
     return Mesh(data, context, rank, device, own_group, flat)

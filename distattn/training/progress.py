@@ -24,9 +24,10 @@ class Reporter:
         self._began = self._spoke = time.monotonic()
         self._bar: Progress | None = None
         if not quiet and self._stream.isatty():
-            self._bar = _make_bar(Console(file=self._stream))
-            self._task = self._bar.add_task("train", total=steps, completed=first_step, loss="", rate="")
-            self._bar.start()
+            bar = _make_bar(Console(file=self._stream))
+            self._task = bar.add_task("train", total=steps, completed=first_step, loss="", rate="")
+            bar.start()
+            self._bar = bar
 
     def step(self, record: dict[str, Any]) -> None:
         """Show one line of metrics.jsonl."""

@@ -66,6 +66,10 @@ def on_cpu(p: Problem) -> Problem:
 def assert_within_twice_plain_torch(got: Result, p: Problem) -> None:
     want, plain = oracle(on_cpu(p)), plain_torch(p)
     for field in fields(Result):
+        got_part, want_part = getattr(got, field.name).double().cpu(), getattr(want, field.name)
+        if want_part.abs().max() < 1e-12:  # one key a row: the weights are 1, and dq and dk vanish
+            assert got_part.abs().max() <= torch.finfo(p.q.dtype).eps, f"{field.name} does not vanish"
+            continue
         error = relative_error(getattr(got, field.name), getattr(want, field.name))
         floor = torch.finfo(p.q.dtype).eps / 4
         limit = 2 * max(floor, relative_error(getattr(plain, field.name), getattr(want, field.name)))
@@ -106,6 +110,10 @@ def test_the_reference_runs_on_the_gpu(name: str, dtype: torch.dtype) -> None:
     p = problem(tiles, sizes, dtype=dtype, device="cuda")
     got, want = run(BACKENDS["reference"], p), oracle(on_cpu(p))
     for field in fields(Result):
+        got_part, want_part = getattr(got, field.name).double().cpu(), getattr(want, field.name)
+        if want_part.abs().max() < 1e-12:  # one key a row: the weights are 1, and dq and dk vanish
+            assert got_part.abs().max() <= torch.finfo(p.q.dtype).eps, f"{field.name} does not vanish"
+            continue
         error = relative_error(getattr(got, field.name), getattr(want, field.name))
         assert error <= (1e-12 if dtype == torch.float64 else 1e-5), field.name
 

@@ -40,6 +40,8 @@ def has_no_empty_row_or_key(piece: Piece) -> bool:
 def fits_a_window(piece: Piece) -> bool:
     corner, keys = piece.k1 - piece.q1, piece.k1 - piece.k0
     left = piece.lo == -UNBOUNDED or 0 <= corner - piece.lo < keys
+    if piece.lo > -UNBOUNDED and piece.hi == UNBOUNDED and piece.q1 - piece.q0 > keys + 1:
+        return False
     return left and (piece.hi == UNBOUNDED or 0 <= piece.hi - corner < keys)
 
 

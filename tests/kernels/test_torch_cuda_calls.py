@@ -48,9 +48,11 @@ def dense_backward(
 
 
 def flash_window(n: int, m: int, left: int, right: int) -> Tensor:
+    """What FlashAttention 2 makes of the two numbers: as many as the keys is unbounded, and unbounded is as many as the keys."""
     assert n > 0
     assert m > 0
     left, right = (-1 if x >= m else x for x in (left, right))
+    right = m if left >= 0 and right < 0 else right
     diagonal = torch.arange(m) - torch.arange(n)[:, None] - (m - n)
     return ((left < 0) | (diagonal >= -left)) & ((right < 0) | (diagonal <= right))
 
@@ -90,13 +92,15 @@ def fake_cudnn_forward(q, k, v, bias, with_lse, dropout, causal, debug, *, scale
     assert (bias, with_lse, dropout, debug) == (None, True, 0.0, False)
     seen = top_left(q, k, causal)
     out, lse = dense_forward(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), seen, scale)
-    return out.transpose(1, 2), lse, None, None, q.shape[2], k.shape[2], None, None, None
+    return out.transpose(1, 2), lse.unsqueeze(-1), None, None, q.shape[2], k.shape[2], None, None, None
 
 
 def fake_cudnn_backward(
     do, q, k, v, out, lse, seed, offset, bias, cum_q, cum_k, max_q, max_k, dropout, causal, *, scale
 ):  # fmt: skip
     assert do.stride() == out.stride()
+    assert lse.shape == (*q.shape[:3], 1), "cuDNN wants its statistics with a last dimension of one"
+    lse = lse.squeeze(-1)
     assert (bias, cum_q, cum_k, max_q, max_k, dropout) == (None, None, None, q.shape[2], k.shape[2], 0.0)
     seen = top_left(q, k, causal)
     do, q, k, v, out = (x.transpose(1, 2) for x in (do, q, k, v, out))

@@ -72,6 +72,8 @@ def make(config: ModelConfig = TINY, seed: int = 0, spread: float = 0.5) -> Deco
     model = Decoder(replace(config, init_std=spread), seed=seed).double()
     with torch.no_grad():
         for name, parameter in model.named_parameters():
+            if name == "output.weight":
+                parameter.normal_(generator=torch.Generator().manual_seed(seed))
             if name.endswith("norm.weight"):
                 parameter += torch.linspace(-0.3, 0.4, parameter.numel())
     return model
@@ -111,8 +113,9 @@ def test_parameters_and_output_weight(tie: bool) -> None:
     assert ("output.weight" in model.state_dict()) is not tie
 
 
-def test_losses() -> None:
-    model, x = make(), tokens()
+@pytest.mark.parametrize("tie", [True, False], ids=["tied", "untied"])
+def test_losses(tie: bool) -> None:
+    model, x = make(replace(TINY, tie_embeddings=tie)), tokens()
     labels = x.roll(-1, 1)
     labels[0, torch.tensor(LENGTHS).cumsum(0) - 1] = -100
     logits = model(x, POSITIONS, documents()) @ model.output_weight.t()
@@ -161,12 +164,13 @@ def test_weights_depend_on_seed_and_name_alone() -> None:
     assert all(torch.equal(p, first.get_parameter(name)) for name, p in empty.named_parameters())
 
 
-def test_initial_spread() -> None:
-    config = replace(TINY, dim=96, ffn_dim=256, num_layers=8)
-    model = Decoder(config)
-    expected = {"embedding.weight": 0.02, "blocks.7.attention.q.weight": 0.02, "blocks.0.feed_forward.down.weight": 0.005}
-    for name, std in expected.items():
-        assert model.get_parameter(name).std().item() == pytest.approx(std, rel=0.1)
+@pytest.mark.parametrize(("tie", "embedding"), [(True, 0.02), (False, 1.0)], ids=["tied", "untied"])
+def test_initial_spread(tie: bool, embedding: float) -> None:
+    model = Decoder(replace(TINY, vocab_size=64, dim=96, ffn_dim=256, num_layers=8, tie_embeddings=tie))
+    stds = {"embedding": embedding, "blocks.7.attention.q": 0.02, "blocks.0.feed_forward.down": 0.02 / 4}
+    for name, std in stds.items():
+        assert model.get_parameter(f"{name}.weight").std().item() == pytest.approx(std, rel=0.1)
+    assert tie or not model.output_weight.any()
 
 
 def test_block_runner_keeps_names_and_values() -> None:

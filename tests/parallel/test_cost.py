@@ -192,4 +192,4 @@ def test_counted_bytes_are_those_that_the_executor_sends(monkeypatch: pytest.Mon
     shape = Shape(8, 16, dtype)
     assert sent[:ranks] == count(forward, mask, shape).bytes_sent_per_rank.tolist()
     assert sent[ranks:] == count(backward, mask, shape).bytes_sent_per_rank.tolist()
-    assert min(sent) > 0
+    assert max(sent) > 0

@@ -184,7 +184,7 @@ def test_a_missing_message_is_an_error() -> None:
     box = Mailbox(2)
     empty, four = torch.empty(0, dtype=torch.uint8), torch.empty(4, dtype=torch.uint8)
     message = Message(0, 1, empty, four, [0, 0], [0, 4], lambda: "at stage 1 for KV rows from rank 1")
-    with pytest.raises(TransportError, match="rank 0 waited at stage 1 for KV rows from rank 1.*nothing"):
+    with pytest.raises(TransportError, match=r"rank 0 waited at stage 1 for KV rows from rank 1.*nothing"):
         box.endpoint(0).post(message).wait()
     box.endpoint(1).post(Message(0, 1, four, empty, [4, 0], [0, 0], lambda: ""))
     with pytest.raises(TransportError, match="never received: rank 1 to 0"):

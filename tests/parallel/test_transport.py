@@ -22,8 +22,8 @@ TIMEOUT_S = 1.5
 
 
 def make_plan(**changes: Any) -> Plan:
-    shape = {"heads": 4, "kv_heads": 2, "head_dim": 4, "strategy": "ring"}
-    return plan(Mask.causal(24), group=dist.group.WORLD, **(shape | changes))
+    shape: dict[str, Any] = {"heads": 4, "kv_heads": 2, "head_dim": 4, "strategy": "ring"}
+    return plan(Mask.causal(24), group=dist.group.WORLD, **{**shape, **changes})
 
 
 def warm_up() -> None:

@@ -116,9 +116,7 @@ def test_held_out_loss_is_the_mean_over_tokens(config: Config) -> None:
     sequences = held_out_sequences(config, trainer.cache)
     result = evaluate(trainer.model, config, trainer.mesh, sequences, 0)
     assert result.tokens == sum(int((s.read(np.arange(s.seq_len))[1] >= 0).sum()) for s in sequences)
-    weighted = sum(
-        loss * n for loss, n in zip(result.position_loss, result.position_tokens, strict=True) if loss is not None
-    )
+    weighted = sum(loss * n for loss, n in zip(result.position_loss, result.position_tokens, strict=True) if loss is not None)
     assert weighted / result.tokens == pytest.approx(result.loss)
     assert result.loss == pytest.approx(math.log(256), abs=0.2)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -61,9 +62,10 @@ def config(tmp_path_factory: pytest.TempPathFactory) -> Config:
     return load_config(file, [f"data.source={folder}/text", f"data.cache_dir={folder}/cache", f"run.dir={folder}/one"])
 
 
-def variant(config: Config, data: int, context: int, strategy: str) -> Config:
-    folder = str(Path(config.run.dir).parent / f"{data}-{context}-{strategy}")
-    changed = config.replace("parallel.data", data).replace("parallel.context", context)
+def variant(config: Config, data: int, context: int, strategy: str, recompute: str = "none") -> Config:
+    folder = str(Path(config.run.dir).parent / f"{data}-{context}-{strategy}-{recompute}")
+    changed = config.replace("train.activation_checkpointing", recompute)
+    changed = changed.replace("parallel.data", data).replace("parallel.context", context)
     return changed.replace("parallel.strategy", strategy).replace("run.dir", folder)
 
 
@@ -75,7 +77,7 @@ def one_rank(config: Config) -> tuple[Losses, Parameters, list[float | None]]:
 @pytest.mark.parametrize(
     ("world", "grids"),
     [
-        (2, [(1, 2, strategy) for strategy in STRATEGIES] + [(2, 1, "ring")]),
+        (2, [(1, 2, strategy) for strategy in STRATEGIES] + [(2, 1, "ring"), (1, 2, "ring", "selective")]),
         (3, [(1, 3, strategy) for strategy in STRATEGIES]),
         (4, [(1, 4, strategy) for strategy in STRATEGIES] + [(2, 2, "ring"), (2, 2, "auto")]),
     ],
@@ -85,7 +87,7 @@ def test_same_losses_whatever_the_sharding(
     config: Config,
     one_rank: tuple[Losses, Parameters, list[float | None]],
     world: int,
-    grids: list[tuple[int, int, str]],
+    grids: list[Any],
 ) -> None:
     losses, parameters, by_position = one_rank
     assert len(losses) == STEPS

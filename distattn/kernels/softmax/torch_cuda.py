@@ -244,13 +244,14 @@ def _cudnn_forward(x: _Inputs, piece: Piece, scale: float) -> tuple[Tensor, Tens
 
 def _cudnn_backward(x: _Inputs, piece: Piece, scale: float) -> tuple[Tensor, ...]:
     assert x.out is not None
+    assert x.lse is not None
     assert x.do is not None
     q, k, v = (y.transpose(1, 2) for y in x[:3])
     # Contiguous before the transpose, so that both have the strides that cuDNN's plan is built for.
     out, do = (y.contiguous().transpose(1, 2) for y in (x.out, x.do))
     state = torch.zeros((), dtype=torch.int64, device=q.device)
     gradients = torch.ops.aten._scaled_dot_product_cudnn_attention_backward(
-        do, q, k, v, out, x.lse, state, state, None, None, None, q.shape[2], k.shape[2], 0.0,
+        do, q, k, v, out, x.lse.unsqueeze(-1), state, state, None, None, None, q.shape[2], k.shape[2], 0.0,
         piece.kind == Kind.CAUSAL, scale=scale,
     )  # fmt: skip
     return tuple(gradient.transpose(1, 2) for gradient in gradients)
