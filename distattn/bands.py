@@ -115,7 +115,7 @@ def match_keys(a: np.ndarray, b: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 def intersection(a: np.ndarray, b: np.ndarray) -> np.ndarray:
     """Pairs that are in both; each of ``a`` and ``b`` disjoint in itself. The result is disjoint."""
-    pieces, _, _ = _intersect_rows(a, b)
+    pieces, _, _ = intersect_rows(a, b)
     return coalesce(pieces)
 
 
@@ -131,7 +131,7 @@ def union(a: np.ndarray, b: np.ndarray) -> np.ndarray:
 
 def first_overlap(bands: np.ndarray) -> tuple[int, int] | None:
     """Two rows that share a pair, as (i, j) with i < j, or None where the table is disjoint."""
-    _, i, j = _intersect_rows(bands, bands)
+    _, i, j = intersect_rows(bands, bands)
     both = np.flatnonzero(i < j)
     return (int(i[both[0]]), int(j[both[0]])) if len(both) else None
 
@@ -263,7 +263,7 @@ def _index_by_first_key(b: _Strips) -> tuple[np.ndarray, np.ndarray, _LookUp, _L
     return b.pieces[order], order, skip_past, starts_before
 
 
-def _intersect_rows(a: np.ndarray, b: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def intersect_rows(a: np.ndarray, b: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Non-empty intersections of rows of ``a`` with rows of ``b``: (pieces [N, 6], row of a [N], row of b [N])."""
     strips_a, strips_b, turned = _common_strips(a, b)
     pieces_b, order, skip_past, starts_before = _index_by_first_key(strips_b)

@@ -21,7 +21,7 @@ import distattn.training.preflight
 from distattn.cli.main import main
 from distattn.training.run_dir import RunDir
 
-STEPS, INTERVAL = 24, 4
+STEPS, INTERVAL = 16, 4
 TIMEOUT_S = 240.0
 
 
@@ -206,8 +206,8 @@ def interrupt_politely(command: Command) -> int:
 
 INTERRUPTIONS: list[tuple[int, Callable[[Command], int]]] = [
     (INTERVAL, lambda command: interrupt_rank(command, 1)),  # while the first checkpoint is being written
-    (9, interrupt_launcher),
-    (13, interrupt_politely),
+    (7, interrupt_launcher),
+    (11, interrupt_politely),
 ]
 
 

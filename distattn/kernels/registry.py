@@ -6,10 +6,11 @@ import torch
 
 from distattn.errors import UnsupportedError
 from distattn.kernels.protocol import Backend, Case
-from distattn.kernels.softmax import CudnnBackend, FlashBackend, FlashCpuBackend, ReferenceBackend
+from distattn.kernels.softmax import CudnnBackend, FlashBackend, FlashCpuBackend, ReferenceBackend, TritonBackend
 
 BACKENDS: dict[str, Backend] = {
-    backend.name: backend for backend in (ReferenceBackend(), FlashCpuBackend(), FlashBackend(), CudnnBackend())
+    backend.name: backend
+    for backend in (ReferenceBackend(), FlashCpuBackend(), FlashBackend(), CudnnBackend(), TritonBackend())
 }
 
 
@@ -54,7 +55,8 @@ def _preference(device_type: str) -> tuple[str, ...]:
     if device_type == "cuda":
         # cuDNN's kernels use what Hopper added (wgmma, TMA); FlashAttention 2 does not.
         hopper = torch.cuda.is_available() and torch.cuda.get_device_capability() >= (9, 0)
-        return ("cudnn", "flash", "reference") if hopper else ("flash", "cudnn", "reference")
+        vendor = ("cudnn", "flash") if hopper else ("flash", "cudnn")
+        return (*vendor, "triton", "reference")
     return ("reference",)
 
 

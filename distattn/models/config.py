@@ -54,7 +54,7 @@ class RopeConfig:
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """A pre-norm decoder: RMSNorm, RoPE, grouped-query attention, SwiGLU. The defaults are the quickstart's shape.
+    """A pre-norm decoder: RMSNorm, RoPE, grouped-query attention, SwiGLU. The default widths are the quickstart's.
 
     dim is the width of the residual stream and ffn_dim that of the gated hidden layer. heads × head_dim need not equal
     dim. Linear layers have no biases. sliding_window: keys that a query sees at most, itself included, within its
@@ -63,12 +63,12 @@ class ModelConfig:
     """
 
     vocab_size: int = 256
-    dim: int = 192
-    num_layers: int = 4
+    dim: int = 128
+    num_layers: int = 2
     num_heads: int = 12
     num_kv_heads: int = 4
     head_dim: int = 16
-    ffn_dim: int = 512
+    ffn_dim: int = 384
     norm_eps: float = 1e-5
     qk_norm: bool = False
     tie_embeddings: bool = True

@@ -34,7 +34,7 @@ def build_tiles(
     boxes[:, 0], boxes[:, 1] = q[qi, 0], q[qi, 0] + q[qi, 2]
     boxes[:, 2], boxes[:, 3] = kv[ki, 0], kv[ki, 0] + kv[ki, 2]
     boxes[:, 4], boxes[:, 5] = -band_algebra.UNBOUNDED, band_algebra.UNBOUNDED
-    pieces, box, _ = band_algebra._intersect_rows(boxes, mask.bands)
+    pieces, box, _ = band_algebra.intersect_rows(boxes, mask.bands)
     attend, qi, ki = attend[box], qi[box], ki[box]
     pieces = _moved(band_algebra.open_edges(pieces), q[qi, 1] - q[qi, 0], kv[ki, 1] - kv[ki, 0])
     kinds, kind = np.unique(np.concatenate([call, heads], 1)[attend], axis=0, return_inverse=True)

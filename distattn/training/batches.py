@@ -32,10 +32,17 @@ class MicroBatch:
     flops: float
 
 
+def make_mask(config: Config, sequence: PackedSequence) -> Mask:
+    """Causal within each document, and within ``model.sliding_window`` keys (the query's own included) where that is set."""
+    mask = Mask.documents(sequence.lengths)
+    window = config.model.sliding_window
+    return mask & Mask.sliding_window(sequence.seq_len, window - 1) if window else mask
+
+
 def make_plan(config: Config, mesh: Mesh, sequence: PackedSequence) -> Plan:
-    """The schedule of a sequence's attention: causal within each document. Collective over the context group."""
+    """The schedule of a sequence's attention. Collective over the context group."""
     return plan(
-        Mask.documents(sequence.lengths),
+        make_mask(config, sequence),
         heads=config.model.num_heads,
         kv_heads=config.model.num_kv_heads,
         head_dim=config.model.head_dim,

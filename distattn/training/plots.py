@@ -10,7 +10,7 @@ _SMOOTHING_POINTS = 100
 
 
 def draw_losses(path: Path, steps: Sequence[Mapping[str, Any]], evaluations: Sequence[Mapping[str, Any]]) -> str | None:
-    """Draw lines of metrics.jsonl and of evaluations.jsonl; returns why there is no picture, or None where there is one."""
+    """Draw lines of metrics.jsonl and of evaluations.json; returns why there is no picture, or None where there is one."""
     try:
         from matplotlib.figure import Figure
     except ImportError:

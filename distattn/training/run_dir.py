@@ -2,6 +2,8 @@
 
 RUN_DIR/config.yaml      the resolved config that the run was started with
 RUN_DIR/metrics.jsonl    one line a step
+RUN_DIR/evaluations.json losses on held-out text
+RUN_DIR/loss.png         drawn when the last step is done
 RUN_DIR/checkpoints/     step-N folders
 RUN_DIR/logs/            rank-R.log
 RUN_DIR/finished.json    present when the last step was done
@@ -27,13 +29,10 @@ import yaml
 from distattn.errors import ConfigError
 from distattn.training.atomic_file import replace_text
 
-__all__ = ["MAY_CHANGE", "MetricsLog", "RunDir", "RunLock", "read_lines"]
+__all__ = ["MetricsLog", "RunDir", "RunLock", "read_lines"]
 
 logger = logging.getLogger(__name__)
 
-# Keys (patterns of dotted names) that may differ when a run goes on: where and on how many ranks it runs, what it
-# prints and keeps. Everything else decides what is computed, and so is the identity of the run.
-MAY_CHANGE = ("run.*", "parallel.*", "kernel", "log.*", "checkpoint.*", "train.device", "train.timeout_seconds")
 # Ranks die with their launcher, but not in the same instant: so long does the next process wait for them.
 _DYING_S = 15.0
 _NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
@@ -139,7 +138,7 @@ class RunDir:
             raise
         return RunLock(descriptor)
 
-    def claim_config(self, config: Mapping[str, Any], may_change: Sequence[str] = MAY_CHANGE) -> None:
+    def claim_config(self, config: Mapping[str, Any], may_change: Sequence[str]) -> None:
         """Make this the run of ``config`` (resolved: plain dicts, lists and scalars), or refuse with ConfigError.
 
         A new run keeps it as config.yaml. A run that has one goes on only if all keys but those that match

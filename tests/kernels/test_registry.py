@@ -10,6 +10,7 @@ import torch
 from distattn.errors import UnsupportedError
 from distattn.kernels import BACKENDS, Case, backend_report, choose_backend
 from distattn.kernels import registry as registry_module
+from distattn.kernels.softmax import triton_backend
 
 CPU = Case("cpu", torch.float32, 64, 64, 8, 2)
 CUDA = replace(CPU, device_type="cuda", dtype=torch.bfloat16)
@@ -64,10 +65,11 @@ def test_the_report_has_every_backend() -> None:
         ((9, 0), {"head_dim": 192, "value_dim": 128}, "flash"),
         ((9, 0), {"head_dim": 256, "value_dim": 256}, "flash"),
         ((9, 0), {"head_dim": 512, "value_dim": 512}, "reference"),
-        ((9, 0), {"dtype": torch.float32}, "reference"),
-        ((9, 0), {"softcap": True}, "reference"),
-        ((9, 0), {"lse_gradient": True}, "reference"),
-        ((9, 0), {"deterministic": True}, "reference"),
+        ((9, 0), {"dtype": torch.float32}, "triton"),
+        ((9, 0), {"softcap": True}, "triton"),
+        ((9, 0), {"lse_gradient": True}, "triton"),
+        ((9, 0), {"deterministic": True}, "triton"),
+        ((9, 0), {"softcap": True, "dtype": torch.float64}, "reference"),
         ((7, 5), {}, "reference"),
     ],
 )
@@ -79,6 +81,7 @@ def test_auto_on_cuda(
     monkeypatch.setattr(torch.backends.cuda, "is_flash_attention_available", lambda: True)
     monkeypatch.setattr(torch.backends.cudnn, "is_available", lambda: True)
     monkeypatch.setattr(torch.backends.cudnn, "version", lambda: 91000)
+    monkeypatch.setattr(triton_backend, "_is_installed", lambda: True)
     case = replace(CUDA, **change)  # type: ignore[arg-type]
     backend, _ = choose_backend(case)
     assert backend.name == expected

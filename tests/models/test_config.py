@@ -1,10 +1,12 @@
 """Shapes, counts and refusals of ModelConfig. Plan only: no torch.distributed."""
 
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 from omegaconf import OmegaConf
 
+from distattn.config import load_config
 from distattn.errors import ConfigError
 from distattn.models.config import ModelConfig, RopeConfig
 
@@ -64,3 +66,19 @@ def test_is_a_structured_config() -> None:
     merged = OmegaConf.merge(schema, {"dim": 64, "rope": {"scaling": "yarn", "factor": 4}})
     config = OmegaConf.to_object(merged)
     assert config == replace(ModelConfig(), dim=64, rope=RopeConfig(scaling="yarn", factor=4.0))
+
+
+@pytest.mark.parametrize(
+    ("name", "parameters"),
+    [
+        ("quickstart", 492_224),
+        ("llama-150m", 144_991_232),
+        ("llama3.2-1b", 1_235_814_400),
+        ("llama3-8b", 8_030_261_248),
+    ],
+)
+def test_configs_of_the_repository(name: str, parameters: int) -> None:
+    config = load_config(Path(__file__).parents[2] / "configs" / f"{name}.yaml")
+    config.model.validate()
+    assert config.model.num_parameters() == parameters
+    assert config.model.num_heads % config.parallel.context == 0

@@ -12,6 +12,7 @@ from distattn.errors import TransportError
 from distattn.kernels import BACKENDS
 from distattn.mask import Mask
 from distattn.parallel.backward import derive_backward
+from distattn.parallel.executor import Shape, _bundle
 from distattn.parallel.in_process import InProcessResult, run_in_process
 from distattn.parallel.layout import Layout
 from distattn.parallel.lowering import HOME_KV, Lowered, locate, lower, share_rows
@@ -150,6 +151,27 @@ def test_results_travel_in_the_input_dtype_only_where_nothing_is_added() -> None
     results = [i for x in mixed.exchanges for _, items in x.receives for i in items if i.kind == Q_OUT]
     assert len(results) == 3
     assert not any(item.alone for item in results)
+
+
+def test_a_home_that_computes_merges_what_it_receives() -> None:
+    mask = Mask.full(12, 12)
+    builder = ProgramBuilder(Layout.contiguous(12, 2), 4, 2)
+    zero, one = builder.home_rows.tolist()
+    away = int(builder.add_slots(np.array([[1, Q, 0, 4, zero]]))[0])
+    received = int(builder.add_slots(np.array([[1, KV, 0, 2, zero]]))[0])
+    builder.add_moves(np.array([[Q_IN, 0, away, zero, 0, 1], [KV_IN, 1, received, zero, 0, 1], [Q_OUT, away, 0, zero, 2, 3]]))
+    builder.add_attends(
+        np.array([[0, 0, 1, zero, zero, 0, 4], [0, 2, 3, one, one, 0, 4], [1, away, 3, zero, one, 0, 4],
+                  [1, 2, received, one, zero, 0, 4]])
+    )  # fmt: skip
+    program = builder.build()
+    program.verify(mask)
+    q, k, v, do = inputs(12, 4, 2)
+    check(run_in_process(program, mask, q, k, v, do, backend=REFERENCE, poison=True), oracle(q, k, v, do, mask))
+    lowered = lower(program, mask, 0)
+    shape = Shape(1, 4, 4, torch.bfloat16, needs_out=False)
+    assert not lowered.out_alone
+    assert [_bundle(Q_OUT, lowered, shape, alone)[0][1] for alone in (False, True)] == [torch.float32, torch.bfloat16]
 
 
 @pytest.mark.parametrize("ranks", [1, 2, 8])

@@ -105,8 +105,8 @@ def test_a_disagreement_is_raised_on_every_rank() -> None:
     for message in run_ranks(disagree, 3):
         assert re.search("ranks 0 and [12] of one group planned different things in plan call 1", message), message
         assert "rank 0 gave mask=" in message
-        assert "heads=8:2" in message
-        assert "heads=4:2" in message
+        assert "heads=8 kv_heads=2" in message
+        assert "heads=4 kv_heads=2" in message
 
 
 def miscount(rank: int, world: int) -> str:

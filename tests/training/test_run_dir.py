@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 
+from distattn.config import MAY_CHANGE
 from distattn.errors import ConfigError
 from distattn.training import run_dir as run_dir_module
 from distattn.training.run_dir import MetricsLog, RunDir, read_lines
@@ -60,11 +61,11 @@ def test_a_folder_that_cannot_be_made(tmp_path: Path) -> None:
 
 def test_config_is_kept_as_given(run: RunDir) -> None:
     assert run.read_config() is None
-    run.claim_config(CONFIG)
+    run.claim_config(CONFIG, MAY_CHANGE)
     assert run.read_config() == CONFIG
     written = run.config_path.stat().st_mtime_ns
     assert "läufe/a b" in run.config_path.read_text(encoding="utf-8")
-    run.claim_config(CONFIG)
+    run.claim_config(CONFIG, MAY_CHANGE)
     assert run.config_path.stat().st_mtime_ns == written
 
 
@@ -82,9 +83,9 @@ def test_config_is_kept_as_given(run: RunDir) -> None:
     ],
 )
 def test_another_config_is_refused(run: RunDir, key: str, value: Any) -> None:
-    run.claim_config(CONFIG)
+    run.claim_config(CONFIG, MAY_CHANGE)
     with pytest.raises(ConfigError, match=f"holds a run of another config: .*{key}.* was .* and is now "):
-        run.claim_config(changed(key, value))
+        run.claim_config(changed(key, value), MAY_CHANGE)
     assert run.read_config() == CONFIG
 
 
@@ -100,8 +101,8 @@ def test_another_config_is_refused(run: RunDir, key: str, value: Any) -> None:
     ],
 )
 def test_where_it_runs_may_change(run: RunDir, key: str, value: Any) -> None:
-    run.claim_config(CONFIG)
-    run.claim_config(changed(key, value))
+    run.claim_config(CONFIG, MAY_CHANGE)
+    run.claim_config(changed(key, value), MAY_CHANGE)
     assert run.read_config() == changed(key, value)
 
 
@@ -109,7 +110,7 @@ def test_where_it_runs_may_change(run: RunDir, key: str, value: Any) -> None:
 def test_a_config_that_cannot_be_read(run: RunDir, text: str) -> None:
     run.config_path.write_text(text)
     with pytest.raises(ConfigError, match=r"config\.yaml"):
-        run.claim_config(CONFIG)
+        run.claim_config(CONFIG, MAY_CHANGE)
     assert run.config_path.read_text() == text
 
 

@@ -69,6 +69,21 @@ def variant(config: Config, data: int, context: int, strategy: str, recompute: s
     return changed.replace("parallel.strategy", strategy).replace("run.dir", folder)
 
 
+def stop_on_one_rank(config: Config, last_step: int) -> None:
+    """Leave a run that one rank was asked to stop after ``last_step``."""
+    run, stop = RunDir(config.run.dir), StopRequest()
+    run.create()
+    trainer = Trainer(config, run, build_mesh(1, 1, 0, torch.device("cpu")), open_cache(config.data), stop)
+    step_once = trainer._train_step
+
+    def step_until_stopped(step: int) -> dict[str, Any] | None:
+        stop.received = step > last_step
+        return step_once(step)
+
+    trainer._train_step = step_until_stopped
+    assert not trainer.run()
+
+
 @pytest.fixture(scope="module")
 def one_rank(config: Config) -> tuple[Losses, Parameters, list[float | None]]:
     return train(0, config.replace("parallel.data", 1))
@@ -92,7 +107,13 @@ def test_same_losses_whatever_the_sharding(
     losses, parameters, by_position = one_rank
     assert len(losses) == STEPS
     assert losses[-1] < losses[0] - 0.1
-    results = run_ranks(train_all, world, [variant(config, *grid) for grid in grids], timeout_s=240)
+    configs = [variant(config, *grid) for grid in grids]
+    if world == 2:
+        # A run that one rank began goes on with two.
+        grids = [*grids, ("resumed",)]
+        configs.append(variant(config, 1, 2, "all_gather").replace("run.dir", f"{config.run.dir}-resumed"))
+        stop_on_one_rank(configs[-1].replace("parallel.context", 1).replace("parallel.data", 1), 2)
+    results = run_ranks(train_all, world, configs, timeout_s=240)
     for grid, found in zip(grids, results[0], strict=True):
         assert found[0] == pytest.approx(losses, rel=1e-5), grid
         assert found[2] == pytest.approx(by_position, rel=1e-4), grid

@@ -50,7 +50,7 @@ class LaunchConfigs:
 
 # (Hopper or newer, widest padded head dimension) → bf16 and fp16. A stage fewer is taken where shared memory does not suffice.
 HALF_CONFIGS: Mapping[tuple[bool, int], LaunchConfigs] = {
-    (True, 64): LaunchConfigs(LaunchConfig(128, 128, 4, 3), LaunchConfig(128, 64, 4, 3), LaunchConfig(64, 128, 8, 3)),
+    (True, 64): LaunchConfigs(LaunchConfig(128, 64, 4, 3), LaunchConfig(128, 64, 4, 3), LaunchConfig(64, 128, 8, 3)),
     (True, 128): LaunchConfigs(LaunchConfig(128, 128, 8, 2), LaunchConfig(128, 64, 8, 3), LaunchConfig(64, 128, 8, 3)),
     (True, 256): LaunchConfigs(LaunchConfig(128, 64, 8, 2), LaunchConfig(64, 64, 8, 1), LaunchConfig(64, 64, 8, 1)),
     (False, 64): LaunchConfigs(LaunchConfig(128, 64, 4, 3), LaunchConfig(64, 64, 4, 3), LaunchConfig(64, 64, 4, 3)),
@@ -60,8 +60,8 @@ HALF_CONFIGS: Mapping[tuple[bool, int], LaunchConfigs] = {
 # fp32 products run outside the tensor cores, so that they keep 24 bits.
 SINGLE_CONFIGS: Mapping[int, LaunchConfigs] = {
     64: LaunchConfigs(LaunchConfig(64, 32, 4, 2), LaunchConfig(32, 32, 4, 1), LaunchConfig(32, 32, 4, 1)),
-    128: LaunchConfigs(LaunchConfig(32, 32, 4, 1), LaunchConfig(32, 32, 4, 1), LaunchConfig(32, 32, 4, 1)),
-    256: LaunchConfigs(LaunchConfig(32, 16, 4, 1), LaunchConfig(16, 16, 4, 1), LaunchConfig(16, 16, 4, 1)),
+    128: LaunchConfigs(LaunchConfig(16, 32, 4, 1), LaunchConfig(32, 32, 4, 1), LaunchConfig(32, 32, 4, 1)),
+    256: LaunchConfigs(LaunchConfig(16, 16, 4, 1), LaunchConfig(16, 16, 4, 1), LaunchConfig(16, 16, 4, 1)),
 }
 INTERPRETER_CONFIG = LaunchConfig(32, 32, 1, 1)
 
@@ -94,7 +94,9 @@ class TritonBackend:
         if max(case.head_dim, case.value_dim) > MAX_HEAD_DIM:
             return f"takes head dimensions up to {MAX_HEAD_DIM}, not {max(case.head_dim, case.value_dim)}"
         if case.device_type == "cpu":
-            return None if _is_interpreted() else "runs on cpu only in Triton's interpreter (TRITON_INTERPRET=1)"
+            if not _is_interpreted():
+                return "runs on cpu only in Triton's interpreter (TRITON_INTERPRET=1)"
+            return "computes no bf16 in Triton's interpreter" if case.dtype == torch.bfloat16 else None
         if case.device_type != "cuda":
             return f"runs on cuda, not on {case.device_type}"
         if not torch.cuda.is_available():
@@ -246,5 +248,3 @@ def _with_fewer_stages(launch: Callable[[int], None], key: tuple[object, ...], c
         else:
             _stages_that_fit[key] = num_stages
             return
-
-

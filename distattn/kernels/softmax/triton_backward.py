@@ -146,6 +146,15 @@ def _dkdv_range(
     return b_dk, b_dv
 
 
+@triton.jit
+def _head_of_range(p_range, i_g, i_member, group):
+    """(query head, first row, end): the KV head's group member, and the range's rows, or none if it has no such head."""
+    i_h = i_g * group - tl.load(p_range + 6) + i_member
+    start, stop = tl.load(p_range), tl.load(p_range + 1)
+    inside = (i_h >= tl.load(p_range + 4)) & (i_h < tl.load(p_range + 5))
+    return i_h.to(tl.int64), start, tl.where(inside, stop, start)
+
+
 @triton.jit(do_not_specialize=[
     "num_blocks", "group", "stride_lse_b", "stride_lse_h", "stride_delta_b", "stride_delta_h",
 ])  # fmt: skip
@@ -179,26 +188,24 @@ def dkdv_kernel(
 
     p_q, p_do = q + i_b * stride_qb, do + i_b * stride_ob
     p_lse, p_delta = lse + i_b * stride_lse_b, delta + i_b * stride_delta_b
-    for i_range in range(full, boundary):
-        p_range = ranges + i_range * 8
-        head = i_g * group - tl.load(p_range + 6)
-        for i_h in range(tl.maximum(tl.load(p_range + 4), head), tl.minimum(tl.load(p_range + 5), head + group)):
-            b_dk, b_dv = _dkdv_range(
-                b_dk, b_dv, b_k, b_v, p_q + tl.cast(stride_qh, tl.int64) * i_h, p_do + tl.cast(stride_oh, tl.int64) * i_h,
-                p_lse + tl.cast(stride_lse_h, tl.int64) * i_h, p_delta + tl.cast(stride_delta_h, tl.int64) * i_h, o_k,
-                tl.load(p_range), tl.load(p_range + 1), 0, 0, score_scale, cap_scale, stride_qn, stride_on,
-                D, DV, BLOCK_Q, BLOCK_D, BLOCK_DV, SCORES, False,
-            )  # fmt: skip
-    for i_range in range(boundary, end):
-        p_range = ranges + i_range * 8
-        head = i_g * group - tl.load(p_range + 6)
-        for i_h in range(tl.maximum(tl.load(p_range + 4), head), tl.minimum(tl.load(p_range + 5), head + group)):
-            b_dk, b_dv = _dkdv_range(
-                b_dk, b_dv, b_k, b_v, p_q + tl.cast(stride_qh, tl.int64) * i_h, p_do + tl.cast(stride_oh, tl.int64) * i_h,
-                p_lse + tl.cast(stride_lse_h, tl.int64) * i_h, p_delta + tl.cast(stride_delta_h, tl.int64) * i_h, o_k,
-                tl.load(p_range), tl.load(p_range + 1), tl.load(p_range + 2), tl.load(p_range + 3),
-                score_scale, cap_scale, stride_qn, stride_on, D, DV, BLOCK_Q, BLOCK_D, BLOCK_DV, SCORES, True,
-            )  # fmt: skip
+    # One loop over pairs (range, head of the group): a third level would keep ptxas from overlapping the products.
+    for i_pair in range(full * group, boundary * group):
+        p_range = ranges + (i_pair // group) * 8
+        i_h, start, stop = _head_of_range(p_range, i_g, i_pair % group, group)
+        b_dk, b_dv = _dkdv_range(
+            b_dk, b_dv, b_k, b_v, p_q + i_h * stride_qh, p_do + i_h * stride_oh,
+            p_lse + i_h * stride_lse_h, p_delta + i_h * stride_delta_h, o_k, start, stop, 0, 0,
+            score_scale, cap_scale, stride_qn, stride_on, D, DV, BLOCK_Q, BLOCK_D, BLOCK_DV, SCORES, False,
+        )  # fmt: skip
+    for i_pair in range(boundary * group, end * group):
+        p_range = ranges + (i_pair // group) * 8
+        i_h, start, stop = _head_of_range(p_range, i_g, i_pair % group, group)
+        b_dk, b_dv = _dkdv_range(
+            b_dk, b_dv, b_k, b_v, p_q + i_h * stride_qh, p_do + i_h * stride_oh,
+            p_lse + i_h * stride_lse_h, p_delta + i_h * stride_delta_h, o_k, start, stop,
+            tl.load(p_range + 2), tl.load(p_range + 3),
+            score_scale, cap_scale, stride_qn, stride_on, D, DV, BLOCK_Q, BLOCK_D, BLOCK_DV, SCORES, True,
+        )  # fmt: skip
 
     p_dk = dk + i_b * stride_dkb + i_kh * stride_dkh + first * stride_dkn
     p_dk += o_r[:, None] * stride_dkn + o_d[None, :]

@@ -45,8 +45,11 @@ def scores(b_a, b_b, cap_scale, SCORES: tl.constexpr):
     """a bᵀ [rows, columns] in fp32: plain, negated, or tanh(cap_scale · a bᵀ)."""
     b_s = tl.dot(b_a, tl.trans(b_b), input_precision="ieee")
     if SCORES == SCORES_CAPPED:
-        # tanh x = 1 − 2 / (e^(2x) + 1) keeps its sign and its limits where e^(2x) overflows.
-        b_s = 1.0 - 2.0 / (tl.exp2(b_s * (2.0 * LOG2E * cap_scale)) + 1.0)
+        # tanh x = 1 − 2 / (e^(2x) + 1) keeps its limits where e^(2x) overflows; near 0 it cancels, and the series takes over.
+        b_x = b_s * cap_scale
+        b_x2 = b_x * b_x
+        b_near = b_x * (1.0 + b_x2 * (-0.33333333 + b_x2 * (0.13333333 + b_x2 * (-0.053968254 + b_x2 * 0.021869489))))
+        b_s = tl.where(b_x2 < 0.0625, b_near, 1.0 - 2.0 / (tl.exp2(b_x * (2.0 * LOG2E)) + 1.0))
     elif SCORES == SCORES_NEGATED:
         b_s = -b_s
     return b_s

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from distattn.errors import InputError
-from distattn.kernels.protocol import T_H0, T_H1, T_HI, T_K0, T_K1, T_LO, T_Q0, T_Q1, T_SHIFT, TILE_COLUMNS
+from distattn.kernels.protocol import T_K1, T_Q1, TILE_COLUMNS
 from distattn.kernels.tiles import clip_tiles
 
 BLOCK_COLUMNS = ("row0", "row1", "full", "boundary", "end", "h0", "h1", "cost")

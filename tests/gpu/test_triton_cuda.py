@@ -1,0 +1,151 @@
+"""The Triton kernels on a GPU against the dense fp64 oracle: at most twice the error of plain torch at the same dtype."""
+
+from __future__ import annotations
+
+from dataclasses import fields, replace
+
+import numpy as np
+import pytest
+import torch
+
+from distattn.kernels import BACKENDS, Case
+from distattn.kernels.merge import empty_carry, finish
+from distattn.kernels.protocol import Backend, Carry
+from distattn.kernels.softmax.triton_backend import LaunchConfig, LaunchConfigs, TritonBackend
+from distattn.kernels.tiles import UNBOUNDED
+from tests.kernels.oracle import CASES, Problem, Result, Sizes, oracle, problem, relative_error, run, table
+from tests.kernels.test_triton import plain_torch
+
+pytestmark = pytest.mark.gpu
+
+U = UNBOUNDED
+BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
+LARGE = {
+    "causal_1000": (table((0, 1000, 0, 1000, -U, 0, 0, 4, 0)), Sizes(1000, 1000, 4, 1, 4)),
+    "window_1000": (table((0, 1000, 0, 1000, -300, 40, 0, 4, 0)), Sizes(1000, 1000, 4, 2, 2)),
+    "ring": (
+        table((0, 512, 0, 512, -U, 0, 0, 4, 0), (256, 512, 512, 1024, -U, U, 0, 4, 0)),
+        Sizes(512, 1024, 4, 2, 2),
+    ),
+    # Rows 700 and up see nothing; heads through a slot's shift; two tiles share rows 100 to 639.
+    "slots": (
+        table((0, 640, 0, 300, -U, U, 0, 5, 2), (100, 700, 300, 900, 11, 450, 0, 5, 2), (0, 700, 0, 900, -U, 0, 5, 6, 2)),
+        Sizes(830, 901, 6, 2, 4),
+    ),
+}
+ALL_CASES = {**CASES, **LARGE}
+
+
+@pytest.fixture(scope="module")
+def backend() -> Backend:
+    reason = BACKENDS["triton"].why_not(Case("cuda", BF16, 64, 64, 8, 2))
+    if reason is not None:
+        pytest.skip(f"gpu: triton {reason}")
+    return BACKENDS["triton"]
+
+
+def on_cpu(p: Problem) -> Problem:
+    return replace(p, **{name: getattr(p, name).cpu() for name in ("q", "k", "v", "do", "dlse")})
+
+
+def assert_within_twice_plain_torch(got: Result, p: Problem) -> None:
+    host = on_cpu(p)
+    want, plain = oracle(host), plain_torch(host)
+    for field in fields(Result):
+        error = relative_error(getattr(got, field.name), getattr(want, field.name))
+        limit = 2 * max(torch.finfo(p.q.dtype).eps / 4, relative_error(getattr(plain, field.name), getattr(want, field.name)))
+        assert error <= limit, f"{field.name} is off by {error:.3g}, more than {limit:.3g}"
+
+
+@pytest.mark.parametrize("name", ALL_CASES)
+@pytest.mark.parametrize("dtype", [BF16, FP16], ids=str)
+def test_error_is_at_most_twice_that_of_plain_torch(name: str, dtype: torch.dtype, backend: Backend) -> None:
+    tiles, sizes = ALL_CASES[name]
+    p = problem(tiles, sizes, head_dim=64, batch=2, dtype=dtype, device="cuda", splits=(1,))
+    assert_within_twice_plain_torch(run(backend, p), p)
+
+
+@pytest.mark.parametrize(
+    ("head_dim", "value_dim"), [(128, 128), (16, 16), (32, 64), (20, 5), (96, 96), (192, 128), (256, 256)], ids=str
+)
+@pytest.mark.parametrize("name", ["causal_1000", "slots"])
+def test_head_dims(name: str, head_dim: int, value_dim: int, backend: Backend) -> None:
+    tiles, sizes = ALL_CASES[name]
+    p = problem(tiles, sizes, head_dim=head_dim, value_dim=value_dim, dtype=BF16, device="cuda")
+    assert_within_twice_plain_torch(run(backend, p), p)
+
+
+@pytest.mark.parametrize("softcap", [0.7, 20.0])
+@pytest.mark.parametrize("name", ["window_1000", "slots"])
+def test_softcap_and_the_gradient_through_the_lse(name: str, softcap: float, backend: Backend) -> None:
+    tiles, sizes = ALL_CASES[name]
+    p = problem(tiles, sizes, head_dim=64, dtype=BF16, device="cuda", softcap=softcap, lse_gradient=True)
+    assert_within_twice_plain_torch(run(backend, p), p)
+
+
+@pytest.mark.parametrize(("head_dim", "value_dim"), [(64, 64), (128, 32)], ids=str)
+def test_fp32_products_keep_24_bits(head_dim: int, value_dim: int, backend: Backend) -> None:
+    tiles, sizes = ALL_CASES["slots"]
+    p = problem(tiles, sizes, head_dim=head_dim, value_dim=value_dim, dtype=FP32, device="cuda")
+    got, want = run(backend, p), oracle(on_cpu(p))
+    for field in fields(Result):
+        assert relative_error(getattr(got, field.name), getattr(want, field.name)) <= 3e-6, field.name
+
+
+def test_slices_of_nan_filled_buffers(backend: Backend) -> None:
+    tiles, sizes = ALL_CASES["ring"]
+    p = problem(tiles, sizes, head_dim=64, batch=2, dtype=BF16, device="cuda")
+
+    def packed(x: torch.Tensor) -> torch.Tensor:
+        wide = torch.full((x.shape[0], x.shape[2] + 1, x.shape[1] + 3, x.shape[3] + 8), float("nan"), device="cuda", dtype=BF16)
+        view = wide.transpose(1, 2)[:, 2:-1, 1:, : x.shape[3]]
+        return view.copy_(x)
+
+    p = replace(p, q=packed(p.q), k=packed(p.k), v=packed(p.v), do=packed(p.do))
+    assert_within_twice_plain_torch(run(backend, p), p)
+
+
+def test_reruns_and_orders_of_tiles_are_bitwise_equal(backend: Backend) -> None:
+    tiles, sizes = ALL_CASES["slots"]
+    p = problem(tiles, sizes, head_dim=128, dtype=BF16, device="cuda")
+    first = run(backend, p)
+    for again in (p, replace(p, tiles=tiles[::-1].copy())):
+        second = run(backend, again)
+        assert all(torch.equal(getattr(first, f.name), getattr(second, f.name)) for f in fields(Result))
+
+
+def test_a_configuration_with_too_many_stages_takes_fewer() -> None:
+    tiles, sizes = ALL_CASES["causal_1000"]
+    p = problem(tiles, sizes, head_dim=128, dtype=BF16, device="cuda")
+    wide = LaunchConfig(64, 128, 8, 6)
+    assert_within_twice_plain_torch(run(TritonBackend(LaunchConfigs(wide, wide, wide)), p), p)
+
+
+def test_rows_past_2_to_the_31_elements(backend: Backend) -> None:
+    """The last rows of an arena whose element offsets do not fit 32 bits."""
+    rows, heads, dim = (1 << 31) // (64 * 128) + 4096, 64, 128
+    if torch.cuda.mem_get_info()[0] < 3 * rows * heads * dim * 2:
+        pytest.skip("gpu: needs 13 GB of free device memory")
+    q = torch.zeros(1, rows, heads, dim, dtype=BF16, device="cuda")
+    q[:, -256:].normal_()
+    k = torch.randn(1, 256, 8, dim, dtype=BF16, device="cuda")
+    tiles = table((rows - 256, rows, 0, 256, -U, -(rows - 256), 63, 64, 0))
+    carry = empty_carry(1, rows, 1, dim, dtype=BF16, device="cuda")
+    # One head's rows as 64 heads, by a stride of 0: the full carry would not leave room.
+    acc, m, l = carry.acc.expand(-1, -1, heads, -1), carry.m.expand(-1, -1, heads), carry.l.expand(-1, -1, heads)
+    settings = {"scale": dim**-0.5, "softcap": None}
+    backend.attend(q, k, k, tiles, Carry(acc, m, l), group=8, **settings)
+    last = empty_carry(1, 256, 1, dim, dtype=BF16, device="cuda")
+    small, head = table((0, 256, 0, 256, -U, 0, 0, 1, 0)), slice(63, 64)
+    BACKENDS["reference"].attend(q[:, -256:, head], k[:, :, 7:], k[:, :, 7:], small, last, group=1, **settings)
+    out, lse = finish(carry, BF16)
+    want_out, want_lse = finish(last, BF16)
+    assert relative_error(out[:, -256:], want_out) < 1e-2
+    assert relative_error(lse[:, -256:], want_lse) < 1e-4
+
+
+def test_an_empty_table_launches_nothing(backend: Backend) -> None:
+    q = torch.randn(1, 8, 2, 16, dtype=BF16, device="cuda")
+    carry = empty_carry(1, 8, 2, 16, dtype=BF16, device="cuda")
+    backend.attend(q, q, q, np.zeros((0, 9), np.int64), carry, group=1, scale=1.0, softcap=None)
+    assert (carry.l == 0).all()

@@ -1,0 +1,264 @@
+"""The Triton kernels in Triton's interpreter, against the dense fp64 oracle; and their work lists, against brute force.
+
+The interpreter is chosen where Triton is imported, so that kernels run in a process of their own, which this file starts.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from concurrent.futures import Executor, ProcessPoolExecutor
+from dataclasses import fields, replace
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from distattn.errors import InputError
+from distattn.kernels import BACKENDS, Case
+from distattn.kernels.merge import empty_carry
+from distattn.kernels.softmax import triton_backend, triton_worklist
+from distattn.kernels.softmax.triton_backend import TritonBackend
+from distattn.kernels.tiles import UNBOUNDED
+from tests.kernels.oracle import CASES, Problem, Result, Sizes, oracle, problem, relative_error, run, table, visible
+
+U = UNBOUNDED
+CPU = Case("cpu", torch.float32, 64, 64, 8, 2)
+
+ODD = {
+    "causal_63": (table((0, 63, 0, 63, -U, 0, 0, 2, 0)), Sizes(63, 63, 2, 1, 2)),
+    "causal_130": (table((0, 130, 0, 130, -U, 0, 0, 2, 0)), Sizes(130, 130, 2, 1, 2)),
+    "window_130": (table((0, 130, 0, 130, -70, 3, 0, 2, 0)), Sizes(130, 130, 2, 1, 2)),
+    # Rows 100 to 129 see nothing, rows 0 to 62 through two tiles, heads 1 and 2 through a slot's shift.
+    "shared_rows": (
+        table((0, 100, 0, 40, -U, U, 0, 3, 1), (0, 63, 40, 130, 11, 90, 0, 3, 1)),
+        Sizes(130, 130, 3, 2, 2),
+    ),
+}
+ALL_CASES = {**CASES, **ODD}
+
+
+def plain_torch(p: Problem) -> Result:
+    """Attention as one writes it in torch at the inputs' dtype, gradients by autograd."""
+    q, k, v = (x.detach().requires_grad_() for x in (p.q, p.k, p.v))
+    seen = torch.from_numpy(visible(p.tiles, q.shape[1], k.shape[1], q.shape[2])).bool()
+    kv_head = torch.zeros(q.shape[2], dtype=torch.int64)
+    for *_, h0, h1, shift in p.tiles.tolist():
+        kv_head[h0:h1] = (torch.arange(h0, h1) + shift) // p.group
+    scores = torch.einsum("bihd,bjhd->bhij", q, k[:, :, kv_head]) * p.scale
+    if p.softcap is not None:
+        scores = p.softcap * torch.tanh(scores / p.softcap)
+    empty = ~seen.any(-1)
+    scores = scores.masked_fill(~(seen | empty[..., None]), float("-inf"))
+    weights = torch.softmax(scores, -1).masked_fill(empty[..., None], 0)
+    out = torch.einsum("bhij,bjhd->bihd", weights, v[:, :, kv_head])
+    lse = torch.logsumexp(scores, -1).float().masked_fill(empty, 0).transpose(1, 2)
+    loss = (out * p.do).sum() + (lse * p.dlse.to(lse.dtype)).sum()
+    dq, dk, dv = torch.autograd.grad(loss, (q, k, v))
+    return Result(out.detach(), lse.detach().masked_fill(empty.transpose(0, 1), float("-inf")), dq, dk, dv)
+
+
+def spoiled(p: Problem) -> Problem:
+    """The same problem with NaN in every row that no tile touches."""
+    seen = visible(p.tiles, p.q.shape[1], p.k.shape[1], p.q.shape[2]).astype(bool)
+    rows, keys = torch.from_numpy(seen.any(2).T), torch.from_numpy(seen.any((0, 1)))
+    q, do = (x.masked_fill(~rows[None, :, :, None], float("nan")) for x in (p.q, p.do))
+    k, v = (x.masked_fill(~keys[None, :, None, None], float("nan")) for x in (p.k, p.v))
+    return replace(p, q=q, do=do, k=k, v=v)
+
+
+def strided(x: Tensor) -> Tensor:
+    """The same values as a slice of a packed, head-major, NaN-filled buffer."""
+    wide = torch.full((x.shape[0], x.shape[2] + 1, x.shape[1] + 3, x.shape[3] + 16), float("nan"), dtype=x.dtype)
+    view = wide.transpose(1, 2)[:, 2:-1, 1:, : x.shape[3]]
+    view.copy_(x)
+    return view
+
+
+def packed(p: Problem) -> Problem:
+    return replace(p, q=strided(p.q), k=strided(p.k), v=strided(p.v), do=strided(p.do))
+
+
+def excess(name: str, options: dict[str, object], prepare: Callable[[Problem], Problem] | None = None) -> dict[str, float]:
+    """In the interpreter's process: each result's error over the limit, twice the error of plain torch."""
+    tiles, sizes = ALL_CASES[name]
+    p = problem(tiles, sizes, **options)  # type: ignore[arg-type]
+    want, plain = oracle(p), plain_torch(p)
+    with np.errstate(all="ignore"):
+        got = run(TritonBackend(), prepare(p) if prepare else p)
+    floor = torch.finfo(p.q.dtype).eps / 2
+    return {
+        f.name: relative_error(getattr(got, f.name), getattr(want, f.name))
+        / (2 * max(floor, relative_error(getattr(plain, f.name), getattr(want, f.name))))
+        for f in fields(Result)
+    }
+
+
+def rerun_in_another_order(name: str) -> list[bool]:
+    """In the interpreter's process: bitwise equality of the results of a table and of its tiles in reverse."""
+    tiles, sizes = ALL_CASES[name]
+    p = problem(tiles, sizes, head_dim=16, dtype=torch.float32)
+    with np.errstate(all="ignore"):
+        first, second = run(TritonBackend(), p), run(TritonBackend(), replace(p, tiles=tiles[::-1].copy()))
+    return [torch.equal(getattr(first, f.name), getattr(second, f.name)) for f in fields(Result)]
+
+
+@pytest.fixture(scope="module")
+def interpreter() -> Iterator[Executor]:
+    pytest.importorskip(
+        "triton", minversion="3.7", reason="triton >= 3.7 is not installed (its interpreter runs with numpy 2.4)"
+    )
+    before = os.environ.get("TRITON_INTERPRET")
+    os.environ["TRITON_INTERPRET"] = "1"
+    try:
+        with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as executor:
+            yield executor
+    finally:
+        os.environ.pop("TRITON_INTERPRET")
+        if before is not None:
+            os.environ["TRITON_INTERPRET"] = before
+
+
+def assert_within_limits(errors: dict[str, float]) -> None:
+    for name, error in errors.items():
+        assert error <= 1, f"the error of {name} is {error:.3g} times its limit"
+
+
+FP16, FP32 = torch.float16, torch.float32
+
+
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("causal_63", {"head_dim": 16, "dtype": FP16, "batch": 2}),
+        ("causal_130", {"head_dim": 64, "dtype": FP32}),
+        ("window_130", {"head_dim": 32, "dtype": FP32}),
+        ("window_130", {"head_dim": 64, "value_dim": 32, "dtype": FP16}),
+        ("shared_rows", {"head_dim": 16, "value_dim": 64, "dtype": FP32, "splits": (1,)}),
+        ("shared_rows", {"head_dim": 20, "value_dim": 5, "dtype": FP16}),
+        ("heads_of_a_slot", {"head_dim": 16, "dtype": FP16, "splits": (1,)}),
+        ("documents", {"head_dim": 16, "dtype": FP32, "splits": (1, 2)}),
+        ("tall_band", {"head_dim": 16, "dtype": FP32}),
+        ("wide_causal", {"head_dim": 16, "dtype": FP32}),
+        ("rows_without_keys", {"head_dim": 16, "dtype": FP16}),
+        ("nothing_at_all", {"head_dim": 16, "dtype": FP32}),
+        ("window_130", {"head_dim": 16, "dtype": FP32, "softcap": 0.7}),
+        ("rows_without_keys", {"head_dim": 16, "dtype": FP32, "softcap": 20.0, "lse_gradient": True}),
+        ("causal_63", {"head_dim": 16, "dtype": FP16, "lse_gradient": True}),
+    ],
+    ids=lambda x: x if isinstance(x, str) else "-".join(f"{k}={v}".removeprefix("dtype=torch.") for k, v in x.items()),
+)
+def test_error_is_at_most_twice_that_of_plain_torch(name: str, options: dict[str, object], interpreter: Executor) -> None:
+    assert_within_limits(interpreter.submit(excess, name, options).result())
+
+
+@pytest.mark.parametrize("prepare", [spoiled, packed])
+@pytest.mark.parametrize("name", ["shared_rows", "rows_without_keys"])
+def test_only_the_rows_of_tiles_are_read(name: str, prepare: Callable[[Problem], Problem], interpreter: Executor) -> None:
+    assert_within_limits(interpreter.submit(excess, name, {"head_dim": 16, "dtype": FP32}, prepare).result())
+
+
+def negated(p: Problem) -> Problem:
+    return replace(p, q=-p.q, scale=-p.scale)
+
+
+def test_a_negative_scale(interpreter: Executor) -> None:
+    """Same scores; dq comes out negated, so only the others are compared."""
+    errors = interpreter.submit(excess, "causal_63", {"head_dim": 16, "dtype": FP32}, negated).result()
+    assert errors.pop("dq") > 1
+    assert_within_limits(errors)
+
+
+def test_the_order_of_tiles_does_not_change_a_bit(interpreter: Executor) -> None:
+    assert all(interpreter.submit(rerun_in_another_order, "shared_rows").result())
+
+
+@pytest.mark.parametrize("name", ALL_CASES)
+@pytest.mark.parametrize(("block_rows", "block_columns"), [(32, 16), (16, 32), (128, 64)])
+@pytest.mark.parametrize("by_key", [False, True], ids=["by_query", "by_key"])
+def test_work_lists_visit_every_pair_once(name: str, block_rows: int, block_columns: int, by_key: bool) -> None:
+    tiles, sizes = ALL_CASES[name]
+    blocks, ranges = triton_worklist.build(tiles, block_rows, block_columns, sizes.group if by_key else 0)
+    counts = np.zeros((sizes.heads, sizes.queries, sizes.keys), dtype=np.int64)
+    if by_key:
+        counts = counts.transpose(0, 2, 1)
+    assert (np.diff(blocks[:, 7]) <= 0).all()
+    for row0, row1, full, boundary, end, g0, g1, _ in blocks.tolist():
+        assert 0 < row1 - row0 <= block_rows
+        for number, (start, stop, lo, hi, h0, h1, shift, _) in enumerate(ranges[full:end].tolist(), full):
+            diagonal = np.arange(start, stop)[None, :] - np.arange(row0, row1)[:, None]
+            inside = (diagonal >= lo) & (diagonal <= hi)
+            assert inside.any(0).all(), "a range holds a column that none of its rows sees"
+            if number < boundary:
+                assert inside.all()
+                assert (stop - start) % block_columns == 0
+            heads = [h for h in range(h0, h1) if g0 <= ((h + shift) // sizes.group if by_key else h) < g1]
+            counts[heads, row0:row1, start:stop] += inside
+    if by_key:
+        counts = counts.transpose(0, 2, 1)
+    assert np.array_equal(counts, visible(tiles, sizes.queries, sizes.keys, sizes.heads))
+
+
+def test_a_long_causal_mask_masks_only_its_diagonal() -> None:
+    n = 1 << 20
+    blocks, ranges = triton_worklist.build(table((0, n, 0, n, -U, 0, 0, 64, 0)), 128, 128)
+    full, masked = 0, 0
+    for _, _, a, b, c, *_ in blocks[:100].tolist():
+        full += int((ranges[a:b, 1] - ranges[a:b, 0]).sum())
+        masked += int((ranges[b:c, 1] - ranges[b:c, 0]).sum())
+    assert len(blocks) == n // 128
+    assert masked == 100 * 128
+    assert full == sum(n - 128 * (i + 1) for i in range(100)), "the longest blocks come first"
+
+
+def test_positions_that_overflow_are_refused() -> None:
+    with pytest.raises(InputError, match="takes rows below"):
+        triton_worklist.build(table((0, 1 << 31, 0, 1, -U, U, 0, 1, 0)), 128, 128)
+
+
+def test_why_not(monkeypatch: pytest.MonkeyPatch) -> None:
+    backend = BACKENDS["triton"]
+    monkeypatch.setattr(triton_backend, "_is_installed", lambda: True)
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    assert "TRITON_INTERPRET=1" in str(backend.why_not(CPU))
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    assert backend.why_not(replace(CPU, softcap=True, lse_gradient=True, deterministic=True)) is None
+    for change, word in (
+        ({"dtype": torch.float64}, "float64"),
+        ({"dtype": torch.bfloat16}, "bf16"),
+        ({"head_dim": 300}, "300"),
+        ({"device_type": "mps"}, "mps"),
+    ):
+        assert word in str(backend.why_not(replace(CPU, **change)))  # type: ignore[arg-type]
+    monkeypatch.setattr(triton_backend, "_is_installed", lambda: False)
+    assert backend.why_not(CPU) == "needs the package triton"
+
+
+@pytest.mark.parametrize("name", ["q", "k", "v", "acc"])
+def test_inputs_that_cannot_be_addressed_are_named(name: str) -> None:
+    tiles, sizes = ALL_CASES["causal_63"]
+    p = problem(tiles, sizes, dtype=torch.float32)
+    carry = empty_carry(1, 63, 2, 8, dtype=torch.float32, device="cpu")
+    sparse = torch.zeros(1, 63, 2, 16)[..., ::2]
+    p = replace(p, **{name: sparse}) if name != "acc" else p
+    carry = carry._replace(acc=sparse) if name == "acc" else carry
+    with pytest.raises(InputError, match=rf"^{name} has stride 2 .* {name}\.contiguous"):
+        TritonBackend().attend(p.q, p.k, p.v, tiles, carry, group=2, scale=1.0, softcap=None)
+
+
+def test_inputs_of_another_dtype_are_named() -> None:
+    tiles, sizes = ALL_CASES["causal_63"]
+    p = problem(tiles, sizes, dtype=torch.float32)
+    carry = empty_carry(1, 63, 2, 8, dtype=torch.float32, device="cpu")
+    with pytest.raises(InputError, match=r"k is torch\.float16; with q of torch\.float32"):
+        TritonBackend().attend(p.q, p.k.half(), p.v, tiles, carry, group=2, scale=1.0, softcap=None)
+
+
+def test_the_package_imports_without_triton() -> None:
+    code = "import sys; sys.modules['triton'] = None; import distattn.kernels"
+    path = os.pathsep.join(sys.path)
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=120, env={**os.environ, "PYTHONPATH": path})
