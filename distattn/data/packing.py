@@ -4,8 +4,10 @@
     sequences   |-- seq_len --|-- seq_len --|-- seq_len --| …
     pieces      | 7     | 2   | 2'    | 9   | …                            2' is packed as a document of its own
 
-The stream is the concatenation of all epochs and sequence i is its rows [i · seq_len, (i + 1) · seq_len): what it holds
-depends on the seed and i alone, so that a run resumes anywhere without replaying what came before.
+The stream is the concatenation of all epochs, cut into sequences of seq_len rows. Training takes them in rounds of about an
+epoch, each round in an order of its own: in the stream's order, a book or a table of a million tokens would be all that a
+hundred steps see. Which rows are sequence i depends on the seed and i alone, so that a run resumes anywhere without replaying
+what came before.
 """
 
 from __future__ import annotations
@@ -91,6 +93,7 @@ class PackedStream:
         self._epochs: dict[int, tuple[np.ndarray, np.ndarray]] = {}
         self.num_documents = len(self._documents)
         self.num_tokens = int((self._documents[:, 1] - self._documents[:, 0]).sum())
+        self._rounds: dict[int, np.ndarray] = {}
 
     @property
     def num_sequences(self) -> int | None:
@@ -99,11 +102,12 @@ class PackedStream:
 
     def sequence(self, index: int) -> PackedSequence:
         """Sequence `index`, from 0: O(log num_documents + pieces), and O(num_documents) where a new epoch begins."""
-        first, stop = index * self.seq_len, (index + 1) * self.seq_len
-        if self.num_sequences is not None:
-            stop = min(stop, self.num_tokens)
         if index < 0 or (self.num_sequences is not None and index >= self.num_sequences):
             raise IndexError(f"sequence {index} does not exist: {self.split} has {self.num_sequences or 'all from 0 on'}.")
+        first = self.place(index) * self.seq_len
+        stop = first + self.seq_len
+        if self.num_sequences is not None:
+            stop = min(stop, self.num_tokens)
         pieces = []
         while first < stop:
             epoch, offset = divmod(first, self.num_tokens)
@@ -111,6 +115,16 @@ class PackedStream:
             pieces.append(self._pieces(epoch, offset, end))
             first += end - offset
         return PackedSequence(self._tokens, np.concatenate(pieces))
+
+    def place(self, index: int) -> int:
+        """Where sequence `index` lies in the stream, in sequences: a permutation of each round in training."""
+        if self.split != "train":
+            return index
+        length = max(1, self.num_tokens // self.seq_len)
+        number, offset = divmod(index, length)
+        if number not in self._rounds:
+            self._rounds = {number: shuffled(length, self.seed, number, 1)}
+        return number * length + int(self._rounds[number][offset])
 
     def _pieces(self, epoch: int, first: int, stop: int) -> np.ndarray:
         """Pieces of rows [first, stop) of one epoch, int64 [n, 3]."""
@@ -129,7 +143,7 @@ class PackedStream:
             if self.split == "train":
                 documents = documents[shuffled(len(documents), self.seed, epoch)]
             bounds = np.concatenate([[0], np.cumsum(documents[:, 1] - documents[:, 0])])
-            # A sequence may span two epochs; older ones are only needed after a jump.
-            self._epochs = {e: order for e, order in self._epochs.items() if e == epoch - 1}
+            # A sequence may span two epochs, and a round takes its sequences in any order.
+            self._epochs = {e: order for e, order in self._epochs.items() if abs(e - epoch) == 1}
             self._epochs[epoch] = (documents, bounds)
         return self._epochs[epoch]

@@ -50,8 +50,9 @@ def test_sequences_equal_the_brute_force_stream(lengths: list[int], seq_len: int
     cache = cache_of(lengths)
     stream = PackedStream(cache, split, seq_len, seed)  # pyright: ignore[reportArgumentType]
     documents = [list(range(a, b)) for a, b in cache.documents(split)]  # pyright: ignore[reportArgumentType]
+    round_length = max(1, stream.num_tokens // seq_len)
     if split == "train":
-        epochs = -(-3 * seq_len // stream.num_tokens)
+        epochs = -(-2 * round_length * seq_len // stream.num_tokens)
         documents = [documents[d] for epoch in range(epochs) for d in shuffled(len(documents), seed, epoch)]
     elif stream.num_tokens < seq_len:
         assert stream.num_sequences == 1
@@ -59,7 +60,8 @@ def test_sequences_equal_the_brute_force_stream(lengths: list[int], seq_len: int
     expected = brute_force(documents, seq_len)
     if split == "held_out":
         assert stream.num_sequences == len(expected)
-    for index, (tokens, labels, positions, piece_lengths) in enumerate(expected):
+    for index in range(2 * round_length if split == "train" else len(expected)):
+        tokens, labels, positions, piece_lengths = expected[stream.place(index)]
         sequence = stream.sequence(index)
         assert sequence.seq_len == seq_len == sequence.lengths.sum()
         assert sequence.lengths.dtype == np.int64
@@ -67,6 +69,24 @@ def test_sequences_equal_the_brute_force_stream(lengths: list[int], seq_len: int
         got = whole(sequence)
         assert [array.dtype for array in got] == [np.int64] * 3
         assert [array.tolist() for array in got] == [tokens, labels, positions]
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.integers(1, 40), st.integers(1, 60), st.integers(0, 9))
+def test_each_round_takes_every_sequence_of_the_stream_once(documents: int, seq_len: int, seed: int) -> None:
+    stream = PackedStream(cache_of([7] * (documents + 2)), "train", seq_len, seed)
+    length = max(1, stream.num_tokens // seq_len)
+    for first in (0, length, 5 * length):
+        assert sorted(stream.place(first + i) for i in range(length)) == list(range(first, first + length))
+    assert [PackedStream(cache_of([7] * 30), "held_out", 7, seed).place(i) for i in range(3)] == [0, 1, 2]
+
+
+def test_a_giant_document_does_not_fill_many_sequences_in_a_row() -> None:
+    """Neighbours in training come from all over the text, not from one long document."""
+    stream = PackedStream(cache_of([10] * 100 + [1000] + [10] * 100), "train", 10, seed=0)
+    giant = [int(stream.sequence(i).lengths.max()) == 10 and stream.sequence(i).pieces[0, 2] == 2000 for i in range(250)]
+    longest = max(len(run) for run in "".join("g" if g else "." for g in giant).split("."))
+    assert longest <= 15, "100 in a row where the order is the stream's"
 
 
 @settings(max_examples=60, deadline=None)
@@ -181,6 +201,7 @@ def test_on_a_real_cache_bytes_come_back(tmp_path: Path) -> None:
     sequence = PackedStream(cache, "train", 64, seed=1).sequence(0)
     tokens, labels, _ = whole(sequence)
     text = bytes(tokens.tolist()).decode()
-    assert sequence.lengths.tolist() == [30, 30, 4]
-    assert [len(set(text[a:b])) for a, b in ((0, 30), (30, 60), (60, 64))] == [1, 1, 1]
-    assert np.flatnonzero(labels == IGNORED_LABEL).tolist() == [29, 59]
+    ends = np.cumsum(sequence.lengths)
+    assert [len(set(text[end - n : end])) for n, end in zip(sequence.lengths, ends, strict=True)] == [1] * len(ends)
+    ended = [end - 1 for n, end in zip(sequence.lengths, ends, strict=True) if end < 64 or n == 30]
+    assert np.flatnonzero(labels == IGNORED_LABEL).tolist() == ended

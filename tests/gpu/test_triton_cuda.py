@@ -54,6 +54,9 @@ def assert_within_twice_plain_torch(got: Result, p: Problem) -> None:
     for field in fields(Result):
         error = relative_error(getattr(got, field.name), getattr(want, field.name))
         limit = 2 * max(torch.finfo(p.q.dtype).eps / 4, relative_error(getattr(plain, field.name), getattr(want, field.name)))
+        if getattr(want, field.name).norm() < 1e-6:
+            # A gradient that vanishes, as where rows see one key: plain torch may hit 0, fused kernels leave fp32 rounding.
+            limit = max(limit, 5e-3)
         assert error <= limit, f"{field.name} is off by {error:.3g}, more than {limit:.3g}"
 
 

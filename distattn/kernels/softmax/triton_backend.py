@@ -125,7 +125,8 @@ class TritonBackend:
         self, q: Tensor, k: Tensor, v: Tensor, out: Tensor | None, lse: Tensor, do: Tensor, delta: Tensor,
         tiles: np.ndarray, dq: Tensor, dk: Tensor, dv: Tensor, *, group: int, scale: float, softcap: float | None,
     ) -> None:  # fmt: skip
-        do = do.to(q.dtype)
+        # Unlike q, k and v, nobody chooses the strides of a gradient: that of a sum has stride 0.
+        do = do.to(q.dtype) if do.stride(-1) == 1 else do.to(q.dtype).contiguous()
         _check(q=q, k=k, v=v, do=do, dq=dq, dk=dk, dv=dv)
         configs = self._config(q, v)
         by_query = query_work(tiles, configs.dq.block_q, configs.dq.block_k, q.device)
@@ -135,16 +136,17 @@ class TritonBackend:
         # Rows next to each other: the dk/dv kernel reads a row of LSE and delta for every block of scores.
         lse, delta = (x.transpose(1, 2).contiguous() for x in (lse, delta))
         kind, *scales = _score_numbers(scale, softcap)
+        scales.append(float(scale))
         kernels, inputs = _kernels("backward"), (q, k, v, do, lse, delta)
         strides = [*_strides(q, k, v, do), *lse.stride()[:2], *delta.stride()[:2]]
         _launch(
             kernels.dq_kernel, _query_grid(by_query, group, q), configs.dq, q, v, kind,
-            *inputs, dq, by_query.blocks, by_query.ranges, by_query.num_blocks, group, *scales, scale,
+            *inputs, dq, by_query.blocks, by_query.ranges, by_query.num_blocks, group, *scales,
             *strides, *_strides(dq),
         )  # fmt: skip
         _launch(
             kernels.dkdv_kernel, (by_key.num_blocks * by_key.num_heads, q.shape[0]), configs.dkdv, q, v, kind,
-            *inputs, dk, dv, by_key.blocks, by_key.ranges, by_key.num_blocks, group, *scales, scale,
+            *inputs, dk, dv, by_key.blocks, by_key.ranges, by_key.num_blocks, group, *scales,
             *strides, *_strides(dk, dv),
         )  # fmt: skip
 
@@ -201,7 +203,7 @@ def _score_numbers(scale: float, softcap: float | None) -> tuple[int, float, flo
     if softcap is not None:
         return kernels.SCORES_CAPPED.value, softcap * log2e, scale / softcap
     kind = kernels.SCORES_NEGATED if scale < 0 else kernels.SCORES_PLAIN
-    return kind.value, abs(scale) * log2e, 0.0
+    return kind.value, float(abs(scale)) * log2e, 0.0
 
 
 def _strides(*tensors: Tensor) -> list[int]:
@@ -230,7 +232,8 @@ def _launch(
     }  # fmt: skip
 
     def launch(num_stages: int) -> None:
-        kernel[grid](*arguments, **constants, num_warps=config.num_warps, num_stages=num_stages)
+        with torch.cuda.device_of(q):
+            kernel[grid](*arguments, **constants, num_warps=config.num_warps, num_stages=num_stages)
 
     key = (kernel, config, head_dim, value_dim, q.dtype, kind, q.device)
     _with_fewer_stages(launch, key, config)

@@ -48,7 +48,7 @@ def _dq_range(
     o_k = tl.arange(0, BLOCK_K)
     o_d = tl.arange(0, BLOCK_D)
     o_dv = tl.arange(0, BLOCK_DV)
-    for i_k in tl.range(start, stop, BLOCK_K):
+    for i_k in range(start, stop, BLOCK_K):
         b_k = load_tile(p_k + tl.cast(stride_kn, tl.int64) * i_k, o_k, o_d, stride_kn, stop - i_k, D, MASKED)
         b_v = load_tile(p_v + tl.cast(stride_vn, tl.int64) * i_k, o_k, o_dv, stride_vn, stop - i_k, DV, MASKED)
         b_p, b_slope = _weights(b_q, b_k, b_lse[:, None], score_scale, cap_scale, SCORES)  # [BLOCK_Q, BLOCK_K]
@@ -72,7 +72,7 @@ def dq_kernel(
     D: tl.constexpr, DV: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
     BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, SCORES: tl.constexpr,
 ):  # fmt: skip
-    p_block, i_h, i_b = query_program(blocks, num_blocks, group)
+    p_block, i_h, i_b = query_program(blocks, num_blocks, group)  # pyright: ignore[reportGeneralTypeIssues]
     if i_h >= tl.load(p_block + 6):
         return
     row0, row1 = tl.load(p_block), tl.load(p_block + 1)
@@ -127,7 +127,7 @@ def _dkdv_range(
     o_q = tl.arange(0, BLOCK_Q)
     o_d = tl.arange(0, BLOCK_D)
     o_dv = tl.arange(0, BLOCK_DV)
-    for i_q in tl.range(start, stop, BLOCK_Q):
+    for i_q in range(start, stop, BLOCK_Q):
         b_q = load_tile(p_q + tl.cast(stride_qn, tl.int64) * i_q, o_q, o_d, stride_qn, stop - i_q, D, MASKED)
         b_lse = _lse_of(p_lse + i_q, o_q, stop - i_q, MASKED)
         b_p, b_slope = _weights(b_k, b_q, b_lse[None, :], score_scale, cap_scale, SCORES)  # [BLOCK_K, BLOCK_Q]

@@ -1,8 +1,10 @@
 """Forward of softmax attention over a work list, in Triton.
 
-    for each range of keys of the block's list:                    s₂ = scale · log₂e · q kᵀ   (log₂e · softcap(…) with a soft-cap)
-        for each block of its keys:                                 m' = max(m, rowmax s₂);  α = 2^(m − m');  p = 2^(s₂ − m')
-            (acc, m, l) ← (α acc + p v, m', α l + Σ p)              pairs outside the band: s₂ = −∞ (boundary ranges only)
+    for each block of keys, in each range of the block's list:
+        s₂ = scale · log₂e · q kᵀ                       or log₂e · softcap · tanh(scale / softcap · q kᵀ)
+        s₂ = −∞ outside the band                        boundary ranges only
+        m' = max(m, rowmax s₂);  α = 2^(m − m');  p = 2^(s₂ − m')
+        (acc, m, l) ← (α acc + p v, m', α l + Σ p)
 
 One program computes one block of query rows for one head, over all tiles that touch it. It is the only writer of its rows of
 the carry, so results are deterministic and need no atomics. Inside, m counts in powers of two; in memory in powers of e.
@@ -65,7 +67,7 @@ def _attend_range(
     o_k = tl.arange(0, BLOCK_K)
     o_d = tl.arange(0, BLOCK_D)
     o_dv = tl.arange(0, BLOCK_DV)
-    for i_k in tl.range(start, stop, BLOCK_K):
+    for i_k in range(start, stop, BLOCK_K):
         b_k = load_tile(p_k + tl.cast(stride_kn, tl.int64) * i_k, o_k, o_d, stride_kn, stop - i_k, D, MASKED)
         b_s = scores(b_q, b_k, cap_scale, SCORES)  # [BLOCK_Q, BLOCK_K]
         if MASKED:
@@ -107,7 +109,7 @@ def forward_kernel(
     D: tl.constexpr, DV: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
     BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, SCORES: tl.constexpr,
 ):  # fmt: skip
-    p_block, i_h, i_b = query_program(blocks, num_blocks, group)
+    p_block, i_h, i_b = query_program(blocks, num_blocks, group)  # pyright: ignore[reportGeneralTypeIssues]
     if i_h >= tl.load(p_block + 6):
         return
     row0, row1 = tl.load(p_block), tl.load(p_block + 1)

@@ -1,0 +1,78 @@
+"""The Triton kernels compile for Hopper, on a machine without a GPU, and ptxas keeps their matrix products asynchronous."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import subprocess
+from collections.abc import Iterator
+from concurrent.futures import Executor, ProcessPoolExecutor
+from pathlib import Path
+
+import pytest
+import torch
+
+from distattn.kernels.softmax.triton_backend import launch_configs
+
+HOPPER = (9, 0)
+MAX_SHARED_BYTES = 232448
+FP32 = ("acc", "m", "l", "lse", "delta", "dq", "dk", "dv")
+
+
+def compile_for_hopper(name: str, head_dim: int, scores: int) -> tuple[int, str]:
+    """In a process of its own, without the interpreter: (bytes of shared memory, what ptxas says)."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    from distattn.kernels.softmax import triton_backward, triton_forward
+
+    kernel = getattr(triton_forward if name == "forward" else triton_backward, f"{name}_kernel")
+    config = vars(launch_configs(head_dim, head_dim, torch.bfloat16, HOPPER))[name]
+    constants = {
+        "D": head_dim, "DV": head_dim, "BLOCK_D": head_dim, "BLOCK_DV": head_dim, "SCORES": scores,
+        "BLOCK_Q": config.block_q, "BLOCK_K": config.block_k,
+    }  # fmt: skip
+
+    def kind(argument: str) -> str:
+        if argument in constants:
+            return "constexpr"
+        if argument in ("q", "k", "v", "do"):
+            return "*bf16"
+        if argument in ("blocks", "ranges"):
+            return "*i32"
+        return "*fp32" if argument in FP32 else "fp32" if argument.endswith("_scale") else "i32"
+
+    signature = {argument: kind(argument) for argument in kernel.arg_names}
+    # As a launch finds arenas: aligned, with strides of q, k, v and their gradients that 16 divides.
+    rounded = {argument for argument in signature if signature[argument].startswith("*") or argument.startswith("stride_")}
+    rounded -= {argument for argument in rounded if argument.startswith(("stride_m", "stride_l", "stride_delta"))}
+    attributes = {(i,): [["tt.divisibility", 16]] for i, argument in enumerate(signature) if argument in rounded}
+    options = {"num_warps": config.num_warps, "num_stages": config.num_stages}
+    source = ASTSource(kernel, signature, constants, attributes)  # pyright: ignore[reportArgumentType]
+    compiled = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
+    ptxas = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "ptxas"
+    command = [ptxas, "-v", "-arch=sm_90a", "-o", os.devnull, "/dev/stdin"]
+    done = subprocess.run(command, input=compiled.asm["ptx"], capture_output=True, text=True, check=True)
+    return compiled.metadata.shared, done.stderr
+
+
+@pytest.fixture(scope="module")
+def compiler(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Executor]:
+    pytest.importorskip("triton", reason="triton is not installed")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.delenv("TRITON_INTERPRET", raising=False)
+        patch.setenv("TRITON_CACHE_DIR", str(tmp_path_factory.mktemp("triton")))
+        with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as executor:
+            executor.submit(os.getpid).result()
+            yield executor
+
+
+@pytest.mark.parametrize(
+    ("name", "head_dim", "scores"), [("forward", 128, 0), ("dq", 128, 0), ("dkdv", 128, 0), ("dkdv", 64, 2)]
+)
+def test_the_table_fits_hopper(name: str, head_dim: int, scores: int, compiler: Executor) -> None:
+    shared, said = compiler.submit(compile_for_hopper, name, head_dim, scores).result()
+    assert 0 < shared <= MAX_SHARED_BYTES
+    assert "registers" in said
+    assert "serialized" not in said
