@@ -1,8 +1,8 @@
 """distattn: attention for training at 64K to millions of tokens of context, on schedules that are data.
 
-    mask = distattn.Mask.documents([30_000, 2_000, 500, 98_000])
-    plan = distattn.plan(mask, heads=32, kv_heads=8, head_dim=128, group=context_group, strategy="ring")
-    out = distattn.attention(q, k, v, plan)        # [B, S_local, H, D] in and out
+mask = distattn.Mask.documents([30_000, 2_000, 500, 98_000])
+plan = distattn.plan(mask, heads=32, kv_heads=8, head_dim=128, group=context_group, strategy="ring")
+out = distattn.attention(q, k, v, plan)        # [B, S_local, H, D] in and out
 """
 
 from distattn import errors

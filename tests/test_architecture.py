@@ -89,6 +89,7 @@ def test_one_identity(part: str) -> None:
     assert link.is_symlink()
     assert link.resolve() == PACKAGE / part
     spec = importlib.util.spec_from_file_location(part, link / "__init__.py")
-    assert spec is not None and spec.loader is not None
+    assert spec is not None
+    assert spec.loader is not None
     with pytest.raises(ImportError, match=f"import distattn.{part}, not {part}"):
         spec.loader.exec_module(importlib.util.module_from_spec(spec))

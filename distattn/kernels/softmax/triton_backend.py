@@ -50,8 +50,8 @@ class LaunchConfigs:
 
 # (Hopper or newer, widest padded head dimension) → bf16 and fp16. A stage fewer is taken where shared memory does not suffice.
 HALF_CONFIGS: Mapping[tuple[bool, int], LaunchConfigs] = {
-    (True, 64): LaunchConfigs(LaunchConfig(128, 64, 4, 3), LaunchConfig(128, 64, 4, 3), LaunchConfig(64, 128, 8, 3)),
-    (True, 128): LaunchConfigs(LaunchConfig(128, 128, 8, 2), LaunchConfig(128, 64, 8, 3), LaunchConfig(64, 128, 8, 3)),
+    (True, 64): LaunchConfigs(LaunchConfig(128, 64, 4, 3), LaunchConfig(128, 64, 4, 3), LaunchConfig(64, 64, 4, 3)),
+    (True, 128): LaunchConfigs(LaunchConfig(128, 64, 8, 3), LaunchConfig(128, 64, 8, 3), LaunchConfig(64, 128, 8, 3)),
     (True, 256): LaunchConfigs(LaunchConfig(128, 64, 8, 2), LaunchConfig(64, 64, 8, 1), LaunchConfig(64, 64, 8, 1)),
     (False, 64): LaunchConfigs(LaunchConfig(128, 64, 4, 3), LaunchConfig(64, 64, 4, 3), LaunchConfig(64, 64, 4, 3)),
     (False, 128): LaunchConfigs(LaunchConfig(128, 64, 8, 3), LaunchConfig(64, 64, 4, 2), LaunchConfig(64, 64, 4, 2)),
@@ -103,6 +103,8 @@ class TritonBackend:
             return "finds no CUDA device"
         if torch.cuda.get_device_capability() < (8, 0):
             return "needs a GPU of compute capability 8.0 or newer"
+        if case.head_dim % 8 or case.value_dim % 8:
+            return f"takes head dimensions that are multiples of 8 on cuda, not {case.head_dim} and {case.value_dim}"
         return None
 
     def attend(
