@@ -72,6 +72,7 @@ def test_is_a_structured_config() -> None:
     ("name", "parameters"),
     [
         ("quickstart", 492_224),
+        ("decoder-2m", 1_967_936),
         ("llama-150m", 144_991_232),
         ("llama3.2-1b", 1_235_814_400),
         ("llama3-8b", 8_030_261_248),
