@@ -1,6 +1,7 @@
 # Two commands: `make train` and `make test` do all their own set-up in .venv.
 PYTHON ?= python3
 TORCH ?= 2.13.0
+TRITON ?= 3.7.1
 CONFIG ?= configs/quickstart.yaml
 ARGS ?=
 VENV := .venv
@@ -24,7 +25,7 @@ lint: $(VENV)/.dev-ready
 clean:
 	rm -rf $(VENV) .pytest_cache .ruff_cache .hypothesis
 
-# An exact torch first: a range may pull another build than the one that the tests know.
+# Exact versions first: a range may pull another build than the one that the tests know.
 $(VENV)/.torch-ready:
 	$(PYTHON) -c 'import sys; v = sys.version_info[:2]; sys.exit(0 if (3, 11) <= v <= (3, 13) else "distattn needs Python 3.11 to 3.13, and $(PYTHON) is %d.%d: set PYTHON=…" % v)'
 	$(PYTHON) -m venv $(VENV)
@@ -36,5 +37,5 @@ $(VENV)/.run-ready: $(VENV)/.torch-ready pyproject.toml
 	touch $@
 
 $(VENV)/.dev-ready: $(VENV)/.torch-ready pyproject.toml
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[dev]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[dev]' triton==$(TRITON)
 	touch $@ $(VENV)/.run-ready
