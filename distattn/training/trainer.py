@@ -130,6 +130,8 @@ class Trainer:
                 self.checkpoints.close()
                 self.reporter.say(f"stopped after step {self.step}, which is saved: the same command goes on from there")
                 return False
+            # The write overlaps one step and no more, so that a kill never costs more steps than the interval has.
+            self.checkpoints.wait()
             self.step = step
             if self.metrics is not None:
                 self.metrics.append(record)
