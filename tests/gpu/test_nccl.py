@@ -36,7 +36,9 @@ def run_exact(rank: int, world: int) -> list[tuple[str, float]]:
                 mask, heads=HEADS, kv_heads=KV_HEADS, head_dim=8, group=dist.group.WORLD, strategy=strategy,
                 kernel="reference",
             )  # fmt: skip
-            for split in (False, True):
+            assert made.transport is not None
+            # In parts messages travel where the communicator exists from the start; here both ranks take part in every one.
+            for split, made.transport.takes_parts in ((False, False), (True, False), (False, True), (True, True)):
                 ql, kl, vl = (made.shard(x).requires_grad_() for x in (q, k, v))
                 if split:
                     handle = attention_begin(ql, kl, vl, made, return_lse=True)
@@ -47,7 +49,7 @@ def run_exact(rank: int, world: int) -> list[tuple[str, float]]:
                 out.backward(made.shard(do))
                 got = [x.cpu() for x in (out.detach(), lse.detach(), ql.grad, kl.grad, vl.grad) if x is not None]
                 worst = max((x - y[:, made.positions]).abs().max().item() for x, y in zip(got, want, strict=True))
-                errors.append((f"{strategy} {name} split={split}", worst))
+                errors.append((f"{strategy} {name} split={split} parts={made.transport.takes_parts}", worst))
     return errors
 
 

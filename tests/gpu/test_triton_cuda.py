@@ -13,7 +13,8 @@ from distattn.kernels.merge import empty_carry, finish
 from distattn.kernels.protocol import Backend, Carry
 from distattn.kernels.softmax.triton_backend import LaunchConfig, LaunchConfigs, TritonBackend
 from distattn.kernels.tiles import UNBOUNDED
-from tests.kernels.oracle import CASES, Problem, Result, Sizes, oracle, problem, relative_error, run, table
+from tests.kernels.extras_cases import EXTRAS_CASES, run_whole, with_extras
+from tests.kernels.oracle import CASES, ODD, Problem, Result, Sizes, oracle, problem, relative_error, run, table
 from tests.kernels.test_triton import plain_torch
 
 pytestmark = pytest.mark.gpu
@@ -27,13 +28,31 @@ LARGE = {
         table((0, 512, 0, 512, -U, 0, 0, 4, 0), (256, 512, 512, 1024, -U, U, 0, 4, 0)),
         Sizes(512, 1024, 4, 2, 2),
     ),
+    "causal_4097": (table((0, 4097, 0, 4097, -U, 0, 0, 2, 0)), Sizes(4097, 4097, 2, 1, 2)),
     # Rows 700 and up see nothing; heads through a slot's shift; two tiles share rows 100 to 639.
     "slots": (
         table((0, 640, 0, 300, -U, U, 0, 5, 2), (100, 700, 300, 900, 11, 450, 0, 5, 2), (0, 700, 0, 900, -U, 0, 5, 6, 2)),
         Sizes(830, 901, 6, 2, 4),
     ),
 }
-ALL_CASES = {**CASES, **LARGE}
+ALL_CASES = {**CASES, **ODD, **LARGE}
+
+# name → (case, sizes of the problem, arguments of ``with_extras``): block plans, positions and biases at sizes of their own.
+LARGE_EXTRAS: dict[str, tuple[str, dict, dict]] = {
+    "plan_1000": ("causal_1000", {"head_dim": 128}, {"blocks": (128, 128), "plan_heads": 1, "density": 0.4}),
+    "plan_of_heads_1000": ("window_1000", {"batch": 2}, {"blocks": (64, 64), "plan_heads": 4, "plan_batch": 2}),
+    "plan_4097": ("causal_4097", {"head_dim": 128}, {"blocks": (128, 64), "plan_heads": 2, "density": 0.2}),
+    "plan_of_a_slot_1000": (
+        "slots", {}, {"blocks": (128, 128), "plan_heads": 3, "model_heads": 12, "offsets": (200, 77, 5), "density": 0.7},
+    ),
+    "bias_1000": ("slots", {"softcap": 20.0, "lse_gradient": True}, {"key_bias": True}),
+    "bias_and_positions_1000": ("window_1000", {"head_dim": 128}, {"key_bias": True, "positions": True}),
+    "everything_1000": (
+        "slots", {"softcap": 5.0, "lse_gradient": True},
+        {"blocks": (64, 64), "positions": True, "key_bias": True, "density": 0.8},
+    ),
+}  # fmt: skip
+ALL_EXTRAS = {**EXTRAS_CASES, **LARGE_EXTRAS}
 
 
 @pytest.fixture(scope="module")
@@ -44,13 +63,8 @@ def backend() -> Backend:
     return BACKENDS["triton"]
 
 
-def on_cpu(p: Problem) -> Problem:
-    return replace(p, **{name: getattr(p, name).cpu() for name in ("q", "k", "v", "do", "dlse")})
-
-
 def assert_within_twice_plain_torch(got: Result, p: Problem) -> None:
-    host = on_cpu(p)
-    want, plain = oracle(host), plain_torch(host)
+    want, plain = oracle(p), plain_torch(p)
     for field in fields(Result):
         error = relative_error(getattr(got, field.name), getattr(want, field.name))
         limit = 2 * max(torch.finfo(p.q.dtype).eps / 4, relative_error(getattr(plain, field.name), getattr(want, field.name)))
@@ -68,8 +82,26 @@ def test_error_is_at_most_twice_that_of_plain_torch(name: str, dtype: torch.dtyp
     assert_within_twice_plain_torch(run(backend, p), p)
 
 
+@pytest.mark.parametrize("whole", [False, True], ids=["carried", "whole"])
+@pytest.mark.parametrize("name", ALL_EXTRAS)
+def test_plans_positions_and_biases(name: str, whole: bool, backend: Backend) -> None:
+    table_name, sizes, extras = ALL_EXTRAS[name]
+    tiles, shape = ALL_CASES[table_name]
+    p = problem(tiles, shape, **{"head_dim": 64, "dtype": BF16, "device": "cuda", **sizes})
+    p = with_extras(p, **extras)
+    assert_within_twice_plain_torch((run_whole if whole else run)(backend, p), p)
+
+
+@pytest.mark.parametrize("name", ["causal_1000", "slots", "nothing_at_all", "documents"])
+@pytest.mark.parametrize("dtype", [BF16, FP16], ids=str)
+def test_the_whole_without_a_carry(name: str, dtype: torch.dtype, backend: Backend) -> None:
+    tiles, sizes = ALL_CASES[name]
+    p = problem(tiles, sizes, head_dim=64, batch=2, dtype=dtype, device="cuda", lse_gradient=True)
+    assert_within_twice_plain_torch(run_whole(backend, p), p)
+
+
 @pytest.mark.parametrize(
-    ("head_dim", "value_dim"), [(128, 128), (16, 16), (32, 64), (24, 40), (96, 96), (192, 128), (256, 256)], ids=str
+    ("head_dim", "value_dim"), [(128, 128), (16, 16), (32, 64), (24, 40), (96, 96), (192, 128), (192, 192), (256, 256)], ids=str
 )
 @pytest.mark.parametrize("name", ["causal_1000", "slots"])
 def test_head_dims(name: str, head_dim: int, value_dim: int, backend: Backend) -> None:
@@ -90,7 +122,7 @@ def test_softcap_and_the_gradient_through_the_lse(name: str, softcap: float, bac
 def test_fp32_products_keep_24_bits(head_dim: int, value_dim: int, backend: Backend) -> None:
     tiles, sizes = ALL_CASES["slots"]
     p = problem(tiles, sizes, head_dim=head_dim, value_dim=value_dim, dtype=FP32, device="cuda")
-    got, want = run(backend, p), oracle(on_cpu(p))
+    got, want = run(backend, p), oracle(p)
     for field in fields(Result):
         assert relative_error(getattr(got, field.name), getattr(want, field.name)) <= 3e-6, field.name
 

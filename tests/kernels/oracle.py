@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import numpy as np
@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from distattn.kernels.merge import accumulation_dtype, empty_carry, finish
-from distattn.kernels.protocol import Backend
+from distattn.kernels.protocol import Backend, Extras
 from distattn.kernels.tiles import UNBOUNDED
 
 
@@ -26,7 +26,10 @@ class Sizes(NamedTuple):
 
 @dataclass
 class Problem:
-    """Inputs of one case. ``splits`` cuts the table where a new call of the backend begins."""
+    """Inputs of one case. ``splits`` cuts the table where a new call of the backend begins.
+
+    extras: what the backend is given; removed: the pairs that they remove, bool [b, H, Nq, Nk]; key_bias [B, Nk, Hk].
+    """
 
     q: Tensor
     k: Tensor
@@ -38,6 +41,9 @@ class Problem:
     scale: float
     softcap: float | None = None
     splits: tuple[int, ...] = ()
+    extras: Extras | None = None
+    removed: Tensor | None = None
+    key_bias: Tensor | None = None
 
 
 @dataclass
@@ -47,6 +53,7 @@ class Result:
     dq: Tensor
     dk: Tensor
     dv: Tensor
+    dbias: Tensor = field(default_factory=lambda: torch.zeros(0))
 
 
 def table(*rows: tuple[int, ...]) -> np.ndarray:
@@ -66,26 +73,41 @@ def visible(tiles: np.ndarray, num_queries: int, num_keys: int, heads: int) -> n
 
 def oracle(p: Problem) -> Result:
     """Out, LSE and gradients by autograd through one dense softmax in fp64."""
-    q, k, v = (x.detach().double().requires_grad_() for x in (p.q, p.k, p.v))
-    heads = q.shape[2]
-    seen = torch.from_numpy(visible(p.tiles, q.shape[1], k.shape[1], heads))
+    return dense(p, torch.float64)
+
+
+def dense(p: Problem, dtype: torch.dtype) -> Result:
+    """Attention as one writes it in torch, in one dtype, gradients by autograd."""
+    q, k, v = (x.detach().to(dtype).requires_grad_() for x in (p.q, p.k, p.v))
+    device = q.device
+    bias = torch.zeros(k.shape[:-1], device=device) if p.key_bias is None else p.key_bias.detach()
+    bias = bias.to(dtype).requires_grad_()
+    seen = torch.from_numpy(visible(p.tiles, q.shape[1], k.shape[1], q.shape[2]))
     assert int(seen.max()) <= 1, "the tiles of a table must be disjoint"
-    kv_head = torch.zeros(heads, dtype=torch.int64)
+    seen = seen.bool().unsqueeze(0).to(device)  # [b, H, Nq, Nk]
+    if p.removed is not None:
+        seen = seen & ~p.removed.to(device)
+    kv_head = torch.zeros(q.shape[2], dtype=torch.int64, device=device)
     for *_, h0, h1, shift in p.tiles.tolist():
-        kv_head[h0:h1] = (torch.arange(h0, h1) + shift) // p.group
+        kv_head[h0:h1] = (torch.arange(h0, h1, device=device) + shift) // p.group
     scores = torch.einsum("bihd,bjhd->bhij", q, k[:, :, kv_head]) * p.scale
+    if p.key_bias is not None:
+        scores = scores + bias[:, :, kv_head].transpose(1, 2).unsqueeze(2)
     if p.softcap is not None:
         scores = p.softcap * torch.tanh(scores / p.softcap)
-    empty = ~seen.bool().any(-1)  # [H, Nq]
+    empty = ~seen.any(-1)  # [b, H, Nq]
     # A finite stand-in keeps autograd free of NaN in empty rows; their results are overwritten below.
-    scores = scores.masked_fill(~(seen.bool() | empty[..., None]), float("-inf"))
-    lse = torch.logsumexp(scores, -1).masked_fill(empty, 0)
+    scores = scores.masked_fill(~(seen | empty[..., None]), float("-inf"))
+    lse = torch.logsumexp(scores, -1).to(accumulation_dtype(dtype)).masked_fill(empty, 0)
     weights = torch.softmax(scores, -1).masked_fill(empty[..., None], 0)
     out = torch.einsum("bhij,bjhd->bihd", weights, v[:, :, kv_head])
-    loss = (out * p.do.double()).sum() + (lse.transpose(1, 2) * p.dlse.double()).sum()
-    dq, dk, dv = torch.autograd.grad(loss, (q, k, v), allow_unused=True)
+    loss = (out * p.do.to(dtype)).sum() + (lse.transpose(1, 2) * p.dlse.to(lse.dtype)).sum()
+    dq, dk, dv, dbias = torch.autograd.grad(loss, (q, k, v, bias), allow_unused=True)
     final = lse.masked_fill(empty, float("-inf")).transpose(1, 2)
-    return Result(out.detach(), final.detach(), dq, dk, dv)
+    found = Result(out.detach(), final.detach(), dq, dk, dv)
+    if p.key_bias is not None:
+        found.dbias = dbias
+    return found
 
 
 def run(backend: Backend, p: Problem) -> Result:
@@ -94,6 +116,8 @@ def run(backend: Backend, p: Problem) -> Result:
     carry = empty_carry(batch, rows, heads, p.v.shape[-1], dtype=p.q.dtype, device=p.q.device)
     parts = np.split(p.tiles, list(p.splits))
     settings = {"group": p.group, "scale": p.scale, "softcap": p.softcap}
+    if p.extras is not None:
+        settings["extras"] = p.extras
     for part in parts:
         backend.attend(p.q, p.k, p.v, part, carry, **settings)
     out, lse = finish(carry, p.q.dtype)
@@ -104,7 +128,10 @@ def run(backend: Backend, p: Problem) -> Result:
         backend.attend_backward(
             p.q, p.k, p.v, out if backend.needs_out else None, lse, p.do, delta, part, *gradients, **settings
         )
-    return Result(out, lse, *gradients)
+    found = Result(out, lse, *gradients)
+    if p.extras is not None and p.extras.dkey_bias is not None:
+        found.dbias = p.extras.dkey_bias
+    return found
 
 
 def problem(
@@ -195,6 +222,18 @@ CASES: dict[str, tuple[np.ndarray, Sizes]] = {
         Sizes(33, 40, 6, 3, 3),
     ),
 }  # fmt: skip
+
+ODD: dict[str, tuple[np.ndarray, Sizes]] = {
+    "causal_63": (table((0, 63, 0, 63, -U, 0, 0, 2, 0)), Sizes(63, 63, 2, 1, 2)),
+    "causal_130": (table((0, 130, 0, 130, -U, 0, 0, 2, 0)), Sizes(130, 130, 2, 1, 2)),
+    "window_130": (table((0, 130, 0, 130, -70, 3, 0, 2, 0)), Sizes(130, 130, 2, 1, 2)),
+    "window_260": (table((0, 260, 0, 260, -170, 40, 0, 2, 0)), Sizes(260, 260, 2, 1, 2)),
+    # Rows 100 to 129 see nothing, rows 0 to 62 through two tiles, heads 1 and 2 through a slot's shift.
+    "shared_rows": (
+        table((0, 100, 0, 40, -U, U, 0, 3, 1), (0, 63, 40, 130, 11, 90, 0, 3, 1)),
+        Sizes(130, 130, 3, 2, 2),
+    ),
+}
 
 
 def relative_error(got: Tensor, want: Tensor) -> float:

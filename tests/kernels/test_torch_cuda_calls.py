@@ -14,9 +14,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from distattn.kernels.softmax import torch_cuda
+from distattn.kernels.protocol import WholeBackend
+from distattn.kernels.softmax import launched, torch_cuda
 from distattn.kernels.tiles import UNBOUNDED
-from tests.kernels.oracle import CASES, Result, Sizes, oracle, problem, relative_error, run, table
+from tests.kernels.oracle import CASES, Problem, Result, Sizes, oracle, problem, relative_error, run, table
 
 CALLS: Counter[str] = Counter()
 
@@ -48,7 +49,7 @@ def dense_backward(
 
 
 def flash_window(n: int, m: int, left: int, right: int) -> Tensor:
-    """What FlashAttention 2 makes of the two numbers: as many as the keys is unbounded, and unbounded is as many as the keys."""
+    """What FlashAttention 2 makes of the two numbers: as many as the keys is unbounded, and unbounded as many as the keys."""
     assert n > 0
     assert m > 0
     left, right = (-1 if x >= m else x for x in (left, right))
@@ -155,3 +156,48 @@ def test_a_ring_step_is_one_launch_and_cudnn_gets_what_is_aligned() -> None:
         CALLS.clear()
         run(backend, problem(table(*rows), sizes))
         assert calls == CALLS
+
+
+def run_whole(backend: WholeBackend, p: Problem) -> Result:
+    """The answer in one call, without a carry."""
+    settings = {"group": p.group, "scale": p.scale, "softcap": p.softcap}
+    out, lse = backend.attend_whole(p.q, p.k, p.v, p.tiles, **settings)
+    return Result(out, lse, *backend.attend_backward_whole(p.q, p.k, p.v, out, lse, p.do, None, p.tiles, **settings))
+
+
+@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("backend", [torch_cuda.FlashBackend(), torch_cuda.CudnnBackend()], ids=lambda x: x.name)
+def test_without_a_carry(name: str, backend: WholeBackend, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch_cuda, "CUDNN_ALIGNMENT", 1)
+    tiles, sizes = CASES[name]
+    p = problem(tiles, sizes, batch=2, head_dim=5, value_dim=5)
+    got = run_whole(backend, p)
+    assert_exact(got, oracle(p))
+    assert [x.shape for x in (got.out, got.dq, got.dk, got.dv)] == [p.do.shape, p.q.shape, p.k.shape, p.v.shape]
+
+
+@pytest.mark.parametrize(
+    ("rows", "carried", "summed"),
+    [
+        ([(0, 40, 0, 40, -UNBOUNDED, 0, 0, 2, 0)], False, False),
+        ([(0, 16, 0, 16, -UNBOUNDED, 0, 0, 2, 0), (16, 40, 16, 40, -UNBOUNDED, 0, 0, 2, 0)], False, False),
+        ([(0, 16, 0, 40, -UNBOUNDED, UNBOUNDED, 0, 2, 0), (16, 40, 0, 40, -UNBOUNDED, 0, 0, 2, 0)], False, True),
+        ([(0, 40, 0, 9, -UNBOUNDED, UNBOUNDED, 0, 2, 0), (0, 40, 9, 40, -UNBOUNDED, UNBOUNDED, 0, 2, 0)], True, True),
+        ([(0, 40, 0, 40, -UNBOUNDED, 0, 0, 1, 0), (0, 40, 0, 40, -UNBOUNDED, 0, 1, 2, 0)], False, False),
+        ([(0, 20, 0, 40, -UNBOUNDED, UNBOUNDED, 0, 2, 0), (0, 20, 0, 40, -UNBOUNDED, UNBOUNDED, 2, 3, 0)], False, False),
+    ],
+    ids=["one", "documents", "shared_keys", "shared_rows", "heads", "half"],
+)
+def test_wide_sums_only_where_something_is_added(
+    rows: list[tuple[int, ...]], carried: bool, summed: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    heads = max(row[7] for row in rows)
+    p = problem(table(*rows), Sizes(40, 40, heads, heads, 1))
+    made: list[str] = []
+    empty_carry, zeros_like = launched.empty_carry, torch.zeros_like
+    monkeypatch.setattr(launched, "empty_carry", lambda *a, **k: made.append("carry") or empty_carry(*a, **k))
+    monkeypatch.setattr(torch, "zeros_like", lambda x, **k: made.append(str(k.get("dtype"))) or zeros_like(x, **k))
+    got = run_whole(torch_cuda.FlashBackend(), p)
+    assert ("carry" in made) == carried
+    assert ("torch.float64" in made) == summed
+    assert_exact(got, oracle(p))

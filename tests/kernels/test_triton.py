@@ -20,46 +20,23 @@ from torch import Tensor
 
 from distattn.errors import InputError
 from distattn.kernels import BACKENDS, Case
+from distattn.kernels.block_plan import BlockPlan
 from distattn.kernels.merge import empty_carry
 from distattn.kernels.softmax import triton_backend, triton_worklist
 from distattn.kernels.softmax.triton_backend import TritonBackend
 from distattn.kernels.tiles import UNBOUNDED
-from tests.kernels.oracle import CASES, Problem, Result, Sizes, oracle, problem, relative_error, run, table, visible
+from tests.kernels.extras_cases import EXTRAS_CASES, run_whole, with_extras
+from tests.kernels.oracle import CASES, ODD, Problem, Result, dense, oracle, problem, relative_error, run, table, visible
 
 U = UNBOUNDED
 CPU = Case("cpu", torch.float32, 64, 64, 8, 2)
 
-ODD = {
-    "causal_63": (table((0, 63, 0, 63, -U, 0, 0, 2, 0)), Sizes(63, 63, 2, 1, 2)),
-    "causal_130": (table((0, 130, 0, 130, -U, 0, 0, 2, 0)), Sizes(130, 130, 2, 1, 2)),
-    "window_130": (table((0, 130, 0, 130, -70, 3, 0, 2, 0)), Sizes(130, 130, 2, 1, 2)),
-    # Rows 100 to 129 see nothing, rows 0 to 62 through two tiles, heads 1 and 2 through a slot's shift.
-    "shared_rows": (
-        table((0, 100, 0, 40, -U, U, 0, 3, 1), (0, 63, 40, 130, 11, 90, 0, 3, 1)),
-        Sizes(130, 130, 3, 2, 2),
-    ),
-}
 ALL_CASES = {**CASES, **ODD}
 
 
 def plain_torch(p: Problem) -> Result:
     """Attention as one writes it in torch at the inputs' dtype, gradients by autograd."""
-    q, k, v = (x.detach().requires_grad_() for x in (p.q, p.k, p.v))
-    seen = torch.from_numpy(visible(p.tiles, q.shape[1], k.shape[1], q.shape[2])).bool()
-    kv_head = torch.zeros(q.shape[2], dtype=torch.int64)
-    for *_, h0, h1, shift in p.tiles.tolist():
-        kv_head[h0:h1] = (torch.arange(h0, h1) + shift) // p.group
-    scores = torch.einsum("bihd,bjhd->bhij", q, k[:, :, kv_head]) * p.scale
-    if p.softcap is not None:
-        scores = p.softcap * torch.tanh(scores / p.softcap)
-    empty = ~seen.any(-1)
-    scores = scores.masked_fill(~(seen | empty[..., None]), float("-inf"))
-    weights = torch.softmax(scores, -1).masked_fill(empty[..., None], 0)
-    out = torch.einsum("bhij,bjhd->bihd", weights, v[:, :, kv_head])
-    lse = torch.logsumexp(scores, -1).float().masked_fill(empty, 0).transpose(1, 2)
-    loss = (out * p.do).sum() + (lse * p.dlse.to(lse.dtype)).sum()
-    dq, dk, dv = torch.autograd.grad(loss, (q, k, v))
-    return Result(out.detach(), lse.detach().masked_fill(empty.transpose(0, 1), float("-inf")), dq, dk, dv)
+    return dense(p, p.q.dtype)
 
 
 def spoiled(p: Problem) -> Problem:
@@ -88,13 +65,19 @@ def sparse_gradient(p: Problem) -> Problem:
     return replace(p, do=torch.stack((p.do, torch.full_like(p.do, float("nan"))), -1).flatten(-2)[..., ::2])
 
 
-def excess(name: str, options: dict[str, object], prepare: Callable[[Problem], Problem] | None = None) -> dict[str, float]:
-    """In the interpreter's process: each result's error over the limit, twice the error of plain torch."""
-    tiles, sizes = ALL_CASES[name]
-    p = problem(tiles, sizes, **options)  # type: ignore[arg-type]
+def excess(
+    name: str, options: dict[str, object], prepare: Callable[[Problem], Problem] | None = None, *, whole: bool = False
+) -> dict[str, float]:
+    """In the interpreter's process: each result's error over the limit, twice the error of plain torch.
+
+    name: of a case with or without extras. whole: by the calls that need no carry.
+    """
+    table_name, shape, extras = EXTRAS_CASES.get(name, (name, {}, {}))
+    tiles, sizes = ALL_CASES[table_name]
+    p = with_extras(problem(tiles, sizes, **{**shape, **options}), **extras)  # type: ignore[arg-type]
     want, plain = oracle(p), plain_torch(p)
     with np.errstate(all="ignore"):
-        got = run(TritonBackend(), prepare(p) if prepare else p)
+        got = (run_whole if whole else run)(TritonBackend(), prepare(p) if prepare else p)
     floor = torch.finfo(p.q.dtype).eps / 2
     return {
         f.name: relative_error(getattr(got, f.name), getattr(want, f.name))
@@ -109,6 +92,23 @@ def rerun_in_another_order(name: str) -> list[bool]:
     p = problem(tiles, sizes, head_dim=16, dtype=torch.float32)
     with np.errstate(all="ignore"):
         first, second = run(TritonBackend(), p), run(TritonBackend(), replace(p, tiles=tiles[::-1].copy()))
+    return [torch.equal(getattr(first, f.name), getattr(second, f.name)) for f in fields(Result)]
+
+
+def rerun_with_lists_in_another_order(name: str) -> list[bool]:
+    """In the interpreter's process: bitwise equality of results under a plan and under the same lists in reverse."""
+    table_name, shape, extras = EXTRAS_CASES[name]
+    p = with_extras(problem(*ALL_CASES[table_name], **shape, head_dim=16, dtype=torch.float32), **extras)
+    assert p.extras is not None
+    assert p.extras.blocks is not None
+    plan = p.extras.blocks.plan
+    listed = plan.seen(0, plan.full.counts.shape[-1])
+    reverse = [(x.sum(-1), (x * torch.arange(1, x.shape[-1] + 1)).argsort(-1, descending=True)) for x in listed]
+    sizes = {name: getattr(plan, name) for name in ("num_queries", "num_keys", "block_q", "block_k")}
+    other = BlockPlan.from_lists(*reverse[0], *reverse[1], **sizes)
+    again = replace(p, extras=replace(p.extras, blocks=replace(p.extras.blocks, plan=other)))
+    with np.errstate(all="ignore"):
+        first, second = run_whole(TritonBackend(), p), run_whole(TritonBackend(), again)
     return [torch.equal(getattr(first, f.name), getattr(second, f.name)) for f in fields(Result)]
 
 
@@ -159,6 +159,34 @@ FP16, FP32 = torch.float16, torch.float32
 )
 def test_error_is_at_most_twice_that_of_plain_torch(name: str, options: dict[str, object], interpreter: Executor) -> None:
     assert_within_limits(interpreter.submit(excess, name, options).result())
+
+
+@pytest.mark.parametrize("name", EXTRAS_CASES)
+def test_extras_are_as_good_as_plain_torch(name: str, interpreter: Executor) -> None:
+    assert_within_limits(interpreter.submit(excess, name, {"head_dim": 16, "dtype": FP32}).result())
+
+
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("causal_63", {"head_dim": 16, "dtype": FP16, "batch": 2}),
+        ("shared_rows", {"head_dim": 16, "value_dim": 32, "dtype": FP32, "lse_gradient": True}),
+        ("rows_without_keys", {"head_dim": 16, "dtype": FP16}),
+        ("nothing_at_all", {"head_dim": 16, "dtype": FP32}),
+        ("heads_of_a_slot", {"head_dim": 16, "dtype": FP32}),
+        ("plan_of_a_slot", {"head_dim": 16, "dtype": FP32}),
+        ("everything", {"head_dim": 16, "dtype": FP32}),
+        ("plan_of_each_head", {"head_dim": 16, "value_dim": 32, "dtype": FP16}),
+    ],
+    ids=str,
+)
+def test_the_whole_without_a_carry(name: str, options: dict[str, object], interpreter: Executor) -> None:
+    assert_within_limits(interpreter.submit(excess, name, options, whole=True).result())
+
+
+@pytest.mark.parametrize("name", ["plan_with_positions", "plan_128"])
+def test_the_order_of_a_plans_lists_does_not_change_a_bit(name: str, interpreter: Executor) -> None:
+    assert all(interpreter.submit(rerun_with_lists_in_another_order, name).result())
 
 
 @pytest.mark.parametrize(

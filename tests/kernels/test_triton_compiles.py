@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import multiprocessing
 import os
 import subprocess
@@ -12,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from distattn.kernels.softmax.triton_backend import launch_configs
+from distattn.kernels.softmax.triton_configs import launch_configs, plan_configs
 
 TRITON = pytest.importorskip("triton", reason="needs triton").__version__
 pytestmark = pytest.mark.skipif(
@@ -21,37 +22,50 @@ pytestmark = pytest.mark.skipif(
 
 HOPPER = (9, 0)
 MAX_SHARED_BYTES = 232448
-FP32 = ("acc", "m", "l", "lse", "delta", "dq", "dk", "dv")
+FP32 = ("acc", "m", "l", "lse", "delta", "bias", "dq", "dk", "dv", "dbias")
 
 
-def compile_for_hopper(name: str, head_dim: int, scores: int) -> tuple[int, str]:
-    """In a process of its own, without the interpreter: (bytes of shared memory, what ptxas says)."""
+def compile_for_hopper(name: str, head_dim: int, scores: int, *, planned: bool, extras: bool) -> tuple[int, str]:
+    """In a process of its own, without the interpreter: (bytes of shared memory, what ptxas says).
+
+    planned: under a block plan in blocks of 128. extras: with a bias and positions.
+    """
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    from distattn.kernels.softmax import triton_backward, triton_forward
-
-    kernel = getattr(triton_forward if name == "forward" else triton_backward, f"{name}_kernel")
-    config = vars(launch_configs(head_dim, head_dim, torch.bfloat16, HOPPER))[name]
+    direction, prefix = "forward" if name == "forward" else "backward", "plan_" if planned else ""
+    module = importlib.import_module(f"distattn.kernels.softmax.triton_{prefix}{direction}")
+    kernel = getattr(module, f"{prefix}{name}_kernel")
+    configs = launch_configs(head_dim, head_dim, torch.bfloat16, HOPPER)
+    config = vars(plan_configs(configs, 128, 128) if planned else configs)[name]
     constants = {
         "D": head_dim, "DV": head_dim, "BLOCK_D": head_dim, "BLOCK_DV": head_dim, "SCORES": scores,
-        "BLOCK_Q": config.block_q, "BLOCK_K": config.block_k,
+        "BLOCK_Q": config.block_q, "BLOCK_K": config.block_k, "BIAS": extras, "POSITIONS": extras, "WHOLE": False,
     }  # fmt: skip
+    if planned:
+        constants |= {"PLAN_Q": 128, "PLAN_K": 128}
 
     def kind(argument: str) -> str:
         if argument in constants:
             return "constexpr"
         if argument in ("q", "k", "v", "do"):
             return "*bf16"
-        if argument in ("blocks", "ranges"):
+        if argument.endswith("_starts"):
+            return "*i64"
+        tables = ("blocks", "ranges", "positions", "full_blocks", "partial_blocks", "pos_q", "pos_k")
+        if argument in tables:
             return "*i32"
         return "*fp32" if argument in FP32 else "fp32" if argument.endswith("_scale") else "i32"
 
     signature = {argument: kind(argument) for argument in kernel.arg_names}
     # As a launch finds arenas: aligned, with strides of q, k, v and their gradients that 16 divides.
     rounded = {argument for argument in signature if signature[argument].startswith("*") or argument.startswith("stride_")}
-    rounded -= {argument for argument in rounded if argument.startswith(("stride_m", "stride_l", "stride_delta"))}
+    rounded -= {
+        argument
+        for argument in rounded
+        if argument.startswith(("stride_m", "stride_l", "stride_delta", "stride_bias", "stride_dbias"))
+    }
     attributes = {(i,): [["tt.divisibility", 16]] for i, argument in enumerate(signature) if argument in rounded}
     options = {"num_warps": config.num_warps, "num_stages": config.num_stages}
     source = ASTSource(kernel, signature, constants, attributes)  # pyright: ignore[reportArgumentType]
@@ -74,10 +88,19 @@ def compiler(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Executor]:
 
 
 @pytest.mark.parametrize(
-    ("name", "head_dim", "scores"), [("forward", 128, 0), ("dq", 128, 0), ("dkdv", 128, 0), ("dkdv", 64, 2)]
+    ("name", "head_dim", "scores", "planned", "extras"),
+    [
+        ("forward", 128, 0, False, False),
+        ("dq", 128, 0, False, False),
+        ("dkdv", 128, 0, False, False),
+        ("dkdv", 64, 2, False, True),
+        ("forward", 128, 0, True, False),
+        ("dq", 64, 0, True, True),
+        ("dkdv", 128, 0, True, False),
+    ],
 )
-def test_the_table_fits_hopper(name: str, head_dim: int, scores: int, compiler: Executor) -> None:
-    shared, said = compiler.submit(compile_for_hopper, name, head_dim, scores).result()
+def test_the_table_fits_hopper(name: str, head_dim: int, scores: int, planned: bool, extras: bool, compiler: Executor) -> None:
+    shared, said = compiler.submit(compile_for_hopper, name, head_dim, scores, planned=planned, extras=extras).result()
     assert 0 < shared <= MAX_SHARED_BYTES
     assert "registers" in said
     assert "serialized" not in said

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from distattn.kernels.merge import NEGATIVE_INFINITY, merge_partial
-from distattn.kernels.protocol import Carry, Case
+from distattn.kernels.protocol import Carry, Case, Extras, why_no_extras
 from distattn.kernels.tiles import HeadSpan, Kind, Piece, decompose, head_spans
 
 BAND_BLOCK = 128
@@ -40,13 +40,14 @@ class FlashCpuBackend:
             return "has no soft-cap"
         if case.lse_gradient:
             return "recomputes delta from out, which leaves out the gradient that comes through the LSE"
-        return None
+        return why_no_extras(case)
 
     def attend(
         self, q: Tensor, k: Tensor, v: Tensor, tiles: np.ndarray, carry: Carry, *, group: int, scale: float,
-        softcap: float | None,
+        softcap: float | None, extras: Extras | None = None,
     ) -> None:  # fmt: skip
         assert softcap is None
+        assert extras is None
         value_dim = v.shape[-1]
         q, k, v = _equal_width(q, k, v)
         masks = _MaskCache(q.dtype)
@@ -65,8 +66,10 @@ class FlashCpuBackend:
     def attend_backward(
         self, q: Tensor, k: Tensor, v: Tensor, out: Tensor | None, lse: Tensor, do: Tensor, delta: Tensor,
         tiles: np.ndarray, dq: Tensor, dk: Tensor, dv: Tensor, *, group: int, scale: float, softcap: float | None,
+        extras: Extras | None = None,
     ) -> None:  # fmt: skip
         assert softcap is None
+        assert extras is None
         assert out is not None
         head_dim, value_dim = q.shape[-1], v.shape[-1]
         q, k, v, out, do = _equal_width(q, k, v, out.to(q.dtype), do.to(q.dtype))

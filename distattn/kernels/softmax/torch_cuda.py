@@ -11,38 +11,27 @@ cudnn   full and square causal pieces whose sizes are multiples of ``CUDNN_ALIGN
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Sequence
+from typing import cast
 
 import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from distattn.kernels.merge import merge_partial
-from distattn.kernels.protocol import Carry, Case
-from distattn.kernels.tiles import UNBOUNDED, HeadSpan, Kind, Piece, decompose, head_spans, windows
+from distattn.kernels.protocol import Case, why_no_extras
+from distattn.kernels.softmax.launched import Inputs, Launch, LaunchedBackend
+from distattn.kernels.tiles import UNBOUNDED, Kind, Piece, decompose, head_spans, windows
 
 CUDNN_ALIGNMENT = 128
 MAX_FLASH_HEAD_DIM = 256
 MAX_CUDNN_HEAD_DIM = 128
 
 
-class _Inputs(NamedTuple):
-    """One launch: q, out, do [B, n, H, D]; k, v [B, m, Hk, D]; lse [B, H, n] contiguous, as both kernels keep it."""
-
-    q: Tensor
-    k: Tensor
-    v: Tensor
-    out: Tensor | None = None
-    lse: Tensor | None = None
-    do: Tensor | None = None
-
-
-class FlashBackend:
+class FlashBackend(LaunchedBackend):
     """torch's FlashAttention 2 (``aten._flash_attention_forward``): bf16 and fp16, windows, grouped KV heads."""
 
     name = "flash"
-    needs_out = True
 
     def why_not(self, case: Case) -> str | None:
         reason = _vendor_why_not(case)
@@ -56,34 +45,26 @@ class FlashBackend:
             return "is deterministic only under torch.use_deterministic_algorithms(True)"
         return None
 
-    def attend(
-        self, q: Tensor, k: Tensor, v: Tensor, tiles: np.ndarray, carry: Carry, *, group: int, scale: float,
-        softcap: float | None,
-    ) -> None:  # fmt: skip
+    def launches(self, tiles: np.ndarray, group: int) -> list[Launch]:
+        """Whole tiles: flash does windows itself."""
+        return _launches(windows(tiles), group)
+
+    def prepare(self, *tensors: Tensor) -> list[Tensor]:
+        return _equal_width(*tensors)
+
+    def forward(self, launch: Launch, x: Inputs, scale: float, softcap: float | None) -> tuple[Tensor, Tensor]:
         assert softcap is None
-        value_dim = v.shape[-1]
-        q, k, v = _equal_width(q, k, v)
-        for piece, span in _whole_tiles(tiles, group):
-            out, lse = _flash_forward(_inputs(piece, span, q, k, v), piece, scale)
-            _merge(carry, piece, span, out[..., :value_dim], lse)
+        return _flash_forward(x, cast(Piece, launch.detail), scale)
 
-    def attend_backward(
-        self, q: Tensor, k: Tensor, v: Tensor, out: Tensor | None, lse: Tensor, do: Tensor, delta: Tensor,
-        tiles: np.ndarray, dq: Tensor, dk: Tensor, dv: Tensor, *, group: int, scale: float, softcap: float | None,
-    ) -> None:  # fmt: skip
+    def backward(self, launch: Launch, x: Inputs, scale: float, softcap: float | None) -> tuple[Tensor, ...]:
         assert softcap is None
-        assert out is not None
-        q, k, v, out, do = _equal_width(q, k, v, out.to(q.dtype), do.to(q.dtype))
-        for piece, span in _whole_tiles(tiles, group):
-            gradients = _flash_backward(_inputs(piece, span, q, k, v, out, lse, do), piece, scale)
-            _accumulate(piece, span, gradients, (dq, dk, dv))
+        return _flash_backward(x, cast(Piece, launch.detail), scale)
 
 
-class CudnnBackend:
+class CudnnBackend(LaunchedBackend):
     """cuDNN's fused attention (``aten._scaled_dot_product_cudnn_attention``) where it is at home, flash elsewhere."""
 
     name = "cudnn"
-    needs_out = True
 
     def why_not(self, case: Case) -> str | None:
         reason = _vendor_why_not(case)
@@ -101,28 +82,22 @@ class CudnnBackend:
         # The pieces that cuDNN is not given are computed by flash.
         return FLASH.why_not(case)
 
-    def attend(
-        self, q: Tensor, k: Tensor, v: Tensor, tiles: np.ndarray, carry: Carry, *, group: int, scale: float,
-        softcap: float | None,
-    ) -> None:  # fmt: skip
-        assert softcap is None
-        q, k, v = _equal_width(q, k, v)
-        for piece, span in _pieces(tiles, group):
-            forward = _cudnn_forward if _suits_cudnn(piece) else _flash_forward
-            out, lse = forward(_inputs(piece, span, q, k, v), piece, scale)
-            _merge(carry, piece, span, out, lse)
+    def launches(self, tiles: np.ndarray, group: int) -> list[Launch]:
+        """Full and square causal pieces; tiles with a lower bound stay whole, as windows for flash."""
+        return _launches(decompose(tiles, block=None), group)
 
-    def attend_backward(
-        self, q: Tensor, k: Tensor, v: Tensor, out: Tensor | None, lse: Tensor, do: Tensor, delta: Tensor,
-        tiles: np.ndarray, dq: Tensor, dk: Tensor, dv: Tensor, *, group: int, scale: float, softcap: float | None,
-    ) -> None:  # fmt: skip
+    def prepare(self, *tensors: Tensor) -> list[Tensor]:
+        return _equal_width(*tensors)
+
+    def forward(self, launch: Launch, x: Inputs, scale: float, softcap: float | None) -> tuple[Tensor, Tensor]:
         assert softcap is None
-        assert out is not None
-        q, k, v, out, do = _equal_width(q, k, v, out.to(q.dtype), do.to(q.dtype))
-        for piece, span in _pieces(tiles, group):
-            backward = _cudnn_backward if _suits_cudnn(piece) else _flash_backward
-            gradients = backward(_inputs(piece, span, q, k, v, out, lse, do), piece, scale)
-            _accumulate(piece, span, gradients, (dq, dk, dv))
+        piece = cast(Piece, launch.detail)
+        return (_cudnn_forward if suits_cudnn(piece) else _flash_forward)(x, piece, scale)
+
+    def backward(self, launch: Launch, x: Inputs, scale: float, softcap: float | None) -> tuple[Tensor, ...]:
+        assert softcap is None
+        piece = cast(Piece, launch.detail)
+        return (_cudnn_backward if suits_cudnn(piece) else _flash_backward)(x, piece, scale)
 
 
 FLASH = FlashBackend()
@@ -138,6 +113,9 @@ def _vendor_why_not(case: Case) -> str | None:
         return "has no soft-cap in torch's build"
     if case.lse_gradient:
         return "recomputes delta from out, which leaves out the gradient that comes through the LSE"
+    reason = why_no_extras(case)
+    if reason is not None:
+        return reason
     if not torch.cuda.is_available():
         return "finds no CUDA device"
     if torch.cuda.get_device_capability() < (8, 0):
@@ -149,18 +127,12 @@ def _deterministic_mode() -> bool:
     return torch.are_deterministic_algorithms_enabled() and not torch.is_deterministic_algorithms_warn_only_enabled()
 
 
-def _whole_tiles(tiles: np.ndarray, group: int) -> list[tuple[Piece, HeadSpan]]:
-    """Whole tiles for flash, which does windows itself: one launch a tile."""
-    return [(p, span) for p in windows(tiles) for span in head_spans(p.h0, p.h1, p.shift, group)]
+def _launches(pieces: Sequence[Piece], group: int) -> list[Launch]:
+    """One launch a piece, or more where its heads do not share their KV heads evenly."""
+    return [Launch(p.q0, p.q1, p.k0, p.k1, *span, detail=p) for p in pieces for span in head_spans(p.h0, p.h1, p.shift, group)]
 
 
-def _pieces(tiles: np.ndarray, group: int) -> list[tuple[Piece, HeadSpan]]:
-    """Full and square causal pieces for cuDNN; tiles with a lower bound stay whole, as windows for flash."""
-    pieces = decompose(tiles, block=None)
-    return [(p, span) for p in pieces for span in head_spans(p.h0, p.h1, p.shift, group)]
-
-
-def _suits_cudnn(piece: Piece) -> bool:
+def suits_cudnn(piece: Piece) -> bool:
     aligned = (piece.q1 - piece.q0) % CUDNN_ALIGNMENT == 0 and (piece.k1 - piece.k0) % CUDNN_ALIGNMENT == 0
     return aligned and piece.kind != Kind.BAND
 
@@ -170,37 +142,6 @@ def _equal_width(*tensors: Tensor) -> list[Tensor]:
     width = -(-max(x.shape[-1] for x in tensors) // 8) * 8
     padded = [x if x.shape[-1] == width else pad(x, (0, width - x.shape[-1])) for x in tensors]
     return [x if x.stride(-1) == 1 else x.contiguous() for x in padded]
-
-
-def _inputs(
-    piece: Piece, span: HeadSpan, q: Tensor, k: Tensor, v: Tensor,
-    out: Tensor | None = None, lse: Tensor | None = None, do: Tensor | None = None,
-) -> _Inputs:  # fmt: skip
-    """One launch's views. The slice of the LSE is copied: the kernels read it as contiguous, whatever its strides."""
-    rows, heads = slice(piece.q0, piece.q1), slice(span.h0, span.h1)
-    keys, kv_heads = slice(piece.k0, piece.k1), slice(span.kv0, span.kv1)
-    return _Inputs(
-        q[:, rows, heads],
-        k[:, keys, kv_heads],
-        v[:, keys, kv_heads],
-        None if out is None else out[:, rows, heads],
-        None if lse is None else lse[:, rows, heads].transpose(1, 2).contiguous(),
-        None if do is None else do[:, rows, heads],
-    )
-
-
-def _merge(carry: Carry, piece: Piece, span: HeadSpan, out: Tensor, lse: Tensor) -> None:
-    """out [B, n, H, Dv], lse [B, H, n] into the carry. Every row of a piece saw a key."""
-    rows, heads = slice(piece.q0, piece.q1), slice(span.h0, span.h1)
-    part = Carry(*(x[:, rows, heads] for x in carry))
-    merge_partial(part, out, lse.transpose(1, 2), all_seen=True)
-
-
-def _accumulate(piece: Piece, span: HeadSpan, gradients: tuple[Tensor, ...], into: tuple[Tensor, ...]) -> None:
-    rows, heads = slice(piece.q0, piece.q1), slice(span.h0, span.h1)
-    keys, kv_heads = slice(piece.k0, piece.k1), slice(span.kv0, span.kv1)
-    for gradient, arena, where in zip(gradients, into, ((rows, heads), (keys, kv_heads), (keys, kv_heads))):
-        arena[:, *where].add_(gradient[..., : arena.shape[-1]])
 
 
 def _window(piece: Piece) -> tuple[int, int]:
@@ -215,7 +156,7 @@ def _window(piece: Piece) -> tuple[int, int]:
     return left, right
 
 
-def _flash_forward(x: _Inputs, piece: Piece, scale: float) -> tuple[Tensor, Tensor]:
+def _flash_forward(x: Inputs, piece: Piece, scale: float) -> tuple[Tensor, Tensor]:
     left, right = _window(piece)
     out, lse, *_ = torch.ops.aten._flash_attention_forward(
         x.q, x.k, x.v, None, None, x.q.shape[1], x.k.shape[1], 0.0, False, False,
@@ -224,7 +165,7 @@ def _flash_forward(x: _Inputs, piece: Piece, scale: float) -> tuple[Tensor, Tens
     return out, lse
 
 
-def _flash_backward(x: _Inputs, piece: Piece, scale: float) -> tuple[Tensor, Tensor, Tensor]:
+def _flash_backward(x: Inputs, piece: Piece, scale: float) -> tuple[Tensor, Tensor, Tensor]:
     left, right = _window(piece)
     # The state of the random numbers is not read without dropout.
     state = torch.empty(2, dtype=torch.uint64, device=x.q.device)
@@ -234,7 +175,7 @@ def _flash_backward(x: _Inputs, piece: Piece, scale: float) -> tuple[Tensor, Ten
     )  # fmt: skip
 
 
-def _cudnn_forward(x: _Inputs, piece: Piece, scale: float) -> tuple[Tensor, Tensor]:
+def _cudnn_forward(x: Inputs, piece: Piece, scale: float) -> tuple[Tensor, Tensor]:
     q, k, v = (y.transpose(1, 2) for y in x[:3])
     out, lse, *_ = torch.ops.aten._scaled_dot_product_cudnn_attention(
         q, k, v, None, True, 0.0, piece.kind == Kind.CAUSAL, False, scale=scale
@@ -242,7 +183,7 @@ def _cudnn_forward(x: _Inputs, piece: Piece, scale: float) -> tuple[Tensor, Tens
     return out.transpose(1, 2), lse.reshape(q.shape[:3])
 
 
-def _cudnn_backward(x: _Inputs, piece: Piece, scale: float) -> tuple[Tensor, ...]:
+def _cudnn_backward(x: Inputs, piece: Piece, scale: float) -> tuple[Tensor, ...]:
     assert x.out is not None
     assert x.lse is not None
     assert x.do is not None

@@ -9,69 +9,33 @@ import importlib
 import importlib.util
 import math
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
 from types import ModuleType
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from distattn.errors import InputError
-from distattn.kernels.protocol import Carry, Case
-from distattn.kernels.softmax.triton_worklist import WorkList, key_work, query_work
+from distattn.kernels.block_plan import BlockLists, BlockOperand, BlockPlan
+from distattn.kernels.protocol import Carry, Case, Extras
+from distattn.kernels.softmax.triton_configs import (
+    INTERPRETER_CONFIGS,
+    LaunchConfig,
+    LaunchConfigs,
+    launch_configs,
+    padded,
+    plan_configs,
+)
+from distattn.kernels.softmax.triton_worklist import WorkList, key_work, plan_key_work, plan_query_work, query_work
 
 MAX_HEAD_DIM = 256
-MIN_BLOCK_DIM = 16
 MAX_TILE_STRIDE = (1 << 31) // 256
 """Offsets inside a block of at most 256 rows are 32-bit."""
-
-
-@dataclass(frozen=True)
-class LaunchConfig:
-    """Rows a block (queries, keys), warps a program, and how many column blocks are in flight."""
-
-    block_q: int
-    block_k: int
-    num_warps: int
-    num_stages: int
-
-
-@dataclass(frozen=True)
-class LaunchConfigs:
-    """One for each of the three kernels."""
-
-    forward: LaunchConfig
-    dq: LaunchConfig
-    dkdv: LaunchConfig
-
-
-# (Hopper or newer, widest padded head dimension) → bf16 and fp16. A stage fewer is taken where shared memory does not suffice.
-HALF_CONFIGS: Mapping[tuple[bool, int], LaunchConfigs] = {
-    (True, 64): LaunchConfigs(LaunchConfig(128, 64, 4, 3), LaunchConfig(128, 64, 4, 3), LaunchConfig(64, 64, 4, 3)),
-    (True, 128): LaunchConfigs(LaunchConfig(128, 64, 8, 3), LaunchConfig(128, 64, 8, 3), LaunchConfig(64, 128, 8, 3)),
-    (True, 256): LaunchConfigs(LaunchConfig(128, 64, 8, 2), LaunchConfig(64, 64, 8, 1), LaunchConfig(64, 64, 8, 1)),
-    (False, 64): LaunchConfigs(LaunchConfig(128, 64, 4, 3), LaunchConfig(64, 64, 4, 3), LaunchConfig(64, 64, 4, 3)),
-    (False, 128): LaunchConfigs(LaunchConfig(128, 64, 8, 3), LaunchConfig(64, 64, 4, 2), LaunchConfig(64, 64, 4, 2)),
-    (False, 256): LaunchConfigs(LaunchConfig(64, 32, 4, 2), LaunchConfig(32, 32, 4, 1), LaunchConfig(32, 32, 4, 1)),
-}
-# fp32 products run outside the tensor cores, so that they keep 24 bits.
-SINGLE_CONFIGS: Mapping[int, LaunchConfigs] = {
-    64: LaunchConfigs(LaunchConfig(64, 32, 4, 2), LaunchConfig(32, 32, 4, 1), LaunchConfig(32, 32, 4, 1)),
-    128: LaunchConfigs(LaunchConfig(16, 32, 4, 1), LaunchConfig(32, 32, 4, 1), LaunchConfig(32, 32, 4, 1)),
-    256: LaunchConfigs(LaunchConfig(16, 16, 4, 1), LaunchConfig(16, 16, 4, 1), LaunchConfig(16, 16, 4, 1)),
-}
-INTERPRETER_CONFIG = LaunchConfig(32, 32, 1, 1)
-
-
-def launch_configs(head_dim: int, value_dim: int, dtype: torch.dtype, capability: tuple[int, int]) -> LaunchConfigs:
-    """The table's entry for a shape, on a device of a compute capability."""
-    width = max(64, _padded(max(head_dim, value_dim)))
-    if dtype == torch.float32:
-        return SINGLE_CONFIGS[width]
-    return HALF_CONFIGS[capability >= (9, 0), width]
+DELTA_ROWS = 64
 
 
 class TritonBackend:
@@ -109,55 +73,231 @@ class TritonBackend:
 
     def attend(
         self, q: Tensor, k: Tensor, v: Tensor, tiles: np.ndarray, carry: Carry, *, group: int, scale: float,
-        softcap: float | None,
+        softcap: float | None, extras: Extras | None = None,
     ) -> None:  # fmt: skip
-        _check(q=q, k=k, v=v, acc=carry.acc)
-        config = self._config(q, v).forward
-        work = query_work(tiles, config.block_q, config.block_k, q.device)
-        if work is None:
-            return
-        kind, score_scale, cap_scale = _score_numbers(scale, softcap)
-        _launch(
-            _kernels("forward").forward_kernel, _query_grid(work, group, q), config, q, v, kind,
-            q, k, v, *carry, work.blocks, work.ranges, work.num_blocks, group, score_scale, cap_scale,
-            *_strides(q, k, v, *carry),
-        )  # fmt: skip
+        check_tensors(q=q, k=k, v=v, acc=carry.acc)
+        call = self._call(q, k, v, tiles, group, scale, softcap, extras, whole=False)
+        work = call.query_work(call.configs.forward)
+        if work is not None:
+            call.forward(work, carry.acc, carry.m, carry.l)
 
     def attend_backward(
         self, q: Tensor, k: Tensor, v: Tensor, out: Tensor | None, lse: Tensor, do: Tensor, delta: Tensor,
         tiles: np.ndarray, dq: Tensor, dk: Tensor, dv: Tensor, *, group: int, scale: float, softcap: float | None,
+        extras: Extras | None = None,
     ) -> None:  # fmt: skip
-        # Unlike q, k and v, nobody chooses the strides of a gradient: that of a sum has stride 0.
-        do = do.to(q.dtype) if do.stride(-1) == 1 else do.to(q.dtype).contiguous()
-        _check(q=q, k=k, v=v, do=do, dq=dq, dk=dk, dv=dv)
-        configs = self._config(q, v)
-        by_query = query_work(tiles, configs.dq.block_q, configs.dq.block_k, q.device)
-        by_key = key_work(tiles, configs.dkdv.block_k, configs.dkdv.block_q, group, q.device)
-        if by_query is None or by_key is None:
-            return
-        # Rows next to each other: the dk/dv kernel reads a row of LSE and delta for every block of scores.
-        lse, delta = (x.transpose(1, 2).contiguous() for x in (lse, delta))
-        kind, *scales = _score_numbers(scale, softcap)
-        scales.append(float(scale))
-        kernels, inputs = _kernels("backward"), (q, k, v, do, lse, delta)
-        strides = [*_strides(q, k, v, do), *lse.stride()[:2], *delta.stride()[:2]]
-        _launch(
-            kernels.dq_kernel, _query_grid(by_query, group, q), configs.dq, q, v, kind,
-            *inputs, dq, by_query.blocks, by_query.ranges, by_query.num_blocks, group, *scales,
-            *strides, *_strides(dq),
-        )  # fmt: skip
-        _launch(
-            kernels.dkdv_kernel, (by_key.num_blocks * by_key.num_heads, q.shape[0]), configs.dkdv, q, v, kind,
-            *inputs, dk, dv, by_key.blocks, by_key.ranges, by_key.num_blocks, group, *scales,
-            *strides, *_strides(dk, dv),
+        do = with_unit_stride(do.to(q.dtype))
+        check_tensors(q=q, k=k, v=v, do=do, dq=dq, dk=dk, dv=dv)
+        call = self._call(q, k, v, tiles, group, scale, softcap, extras, whole=False)
+        by_query, by_key = call.query_work(call.configs.dq), call.key_work()
+        if by_query is not None and by_key is not None:
+            # Rows next to each other: the dk/dv kernel reads a row of LSE and delta for every block of scores.
+            call.backward(by_query, by_key, do, _powers(lse), delta.transpose(1, 2).contiguous(), dq, dk, dv)
+
+    def attend_whole(
+        self, q: Tensor, k: Tensor, v: Tensor, tiles: np.ndarray, *, group: int, scale: float, softcap: float | None,
+        extras: Extras | None = None,
+    ) -> tuple[Tensor, Tensor]:  # fmt: skip
+        check_tensors(q=q, k=k, v=v)
+        call = self._call(q, k, v, tiles, group, scale, softcap, extras, whole=True)
+        work = call.query_work(call.configs.forward)
+        batch, rows, heads, _ = q.shape
+        out = q.new_empty((batch, rows, heads, v.shape[-1]))
+        lse = torch.empty((batch, heads, rows), dtype=torch.float32, device=q.device).transpose(1, 2)
+        if work is None or work.num_rows < rows * heads:
+            out.zero_()
+            lse.fill_(float("-inf"))
+        if work is not None:
+            call.forward(work, out, lse, lse)
+        return out, lse
+
+    def attend_backward_whole(
+        self, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, do: Tensor, dlse: Tensor | None,
+        tiles: np.ndarray, *, group: int, scale: float, softcap: float | None, extras: Extras | None = None,
+    ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+        do, out = with_unit_stride(do.to(q.dtype)), with_unit_stride(out)
+        check_tensors(q=q, k=k, v=v, do=do)
+        call = self._call(q, k, v, tiles, group, scale, softcap, extras, whole=True)
+        by_query, by_key = call.query_work(call.configs.dq), call.key_work()
+        dq, dk, dv = (torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, v))
+        for work, sums in ((by_query, (dq,)), (by_key, (dk, dv))):
+            if work is None or work.num_rows < sums[0].shape[1] * sums[0].shape[2]:
+                for x in sums:
+                    x.zero_()
+        if by_query is not None and by_key is not None:
+            delta = row_delta(out, do, dlse)
+            call.backward(by_query, by_key, do, _powers(lse), delta, dq, dk, dv)
+        return dq, dk, dv
+
+    def _call(
+        self, q: Tensor, k: Tensor, v: Tensor, tiles: np.ndarray, group: int, scale: float, softcap: float | None,
+        extras: Extras | None, *, whole: bool,
+    ) -> _Call:  # fmt: skip
+        configs = self._configs
+        if configs is None and q.device.type == "cpu":
+            configs = INTERPRETER_CONFIGS
+        elif configs is None:
+            configs = launch_configs(q.shape[-1], v.shape[-1], q.dtype, torch.cuda.get_device_capability(q.device))
+        extras = extras or Extras()
+        _check_extras(q, k, extras)
+        if extras.blocks is not None:
+            extras.blocks.check(tiles, q.shape[0])
+            configs = plan_configs(configs, extras.blocks.plan.block_q, extras.blocks.plan.block_k)
+        return _Call(q, k, v, tiles, group, scale, _score_numbers(scale, softcap), extras, configs, whole)
+
+
+class _Scores(NamedTuple):
+    """How the kernels get from q·k to what they exponentiate, and what multiplies a bias before it is added."""
+
+    kind: int
+    score_scale: float
+    cap_scale: float
+    bias_scale: float
+
+
+@dataclass(frozen=True, eq=False)
+class _Call:
+    """One call's inputs, and its launches."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    tiles: np.ndarray
+    group: int
+    scale: float
+    scores: _Scores
+    extras: Extras
+    configs: LaunchConfigs
+    whole: bool
+
+    @property
+    def _operand(self) -> BlockOperand | None:
+        return self.extras.blocks
+
+    def query_work(self, config: LaunchConfig) -> WorkList | None:
+        if self._operand is not None:
+            return plan_query_work(self.tiles, self._operand, config.block_q, self.q.device)
+        return query_work(self.tiles, config.block_q, config.block_k, self.q.device)
+
+    def key_work(self) -> WorkList | None:
+        config = self.configs.dkdv
+        if self._operand is not None:
+            return plan_key_work(self.tiles, self._operand, config.block_k, self.group, self.q.device)
+        return key_work(self.tiles, config.block_k, config.block_q, self.group, self.q.device)
+
+    def forward(self, work: WorkList, acc: Tensor, m: Tensor, l: Tensor) -> None:
+        bias, lines = self._lines()
+        scores = self.scores
+        self._launch(
+            "forward", self._query_grid(work), self.configs.forward, self.q, self.k, self.v, acc, m, l, *lines,
+            work.blocks, work.ranges, *self._lists(work, self.configs.forward.block_q, transposed=False), work.num_blocks,
+            self.group, scores.score_scale, scores.cap_scale, *row_strides(self.q, self.k, self.v, acc, m, l),
+            *bias.stride()[:2],
         )  # fmt: skip
 
-    def _config(self, q: Tensor, v: Tensor) -> LaunchConfigs:
-        if self._configs is not None:
-            return self._configs
-        if q.device.type == "cpu":
-            return LaunchConfigs(INTERPRETER_CONFIG, INTERPRETER_CONFIG, INTERPRETER_CONFIG)
-        return launch_configs(q.shape[-1], v.shape[-1], q.dtype, torch.cuda.get_device_capability(q.device))
+    def backward(
+        self, by_query: WorkList, by_key: WorkList, do: Tensor, lse: Tensor, delta: Tensor, dq: Tensor, dk: Tensor, dv: Tensor
+    ) -> None:
+        """lse [B, H, N] as from ``_powers``, delta [B, H, N]."""
+        bias, lines = self._lines()
+        inputs = (self.q, self.k, self.v, do, lse, delta, *lines)
+        numbers = (self.group, self.scores.score_scale, self.scores.cap_scale, float(self.scale))
+        strides = [*row_strides(self.q, self.k, self.v, do), *lse.stride()[:2], *delta.stride()[:2], *bias.stride()[:2]]
+        self._launch(
+            "dq", self._query_grid(by_query), self.configs.dq, *inputs, dq, by_query.blocks, by_query.ranges,
+            *self._lists(by_query, self.configs.dq.block_q, transposed=False), by_query.num_blocks, *numbers, *strides,
+            *row_strides(dq),
+        )  # fmt: skip
+        dbias = torch.zeros_like(bias)
+        self._launch(
+            "dkdv", (by_key.num_blocks * by_key.num_heads, self.q.shape[0]), self.configs.dkdv, *inputs, dk, dv, dbias,
+            by_key.blocks, by_key.ranges, *self._lists(by_key, self.configs.dkdv.block_k, transposed=True),
+            by_key.num_blocks, *numbers,
+            *strides, *row_strides(dk, dv), *dbias.stride()[:2],
+        )  # fmt: skip
+        if self.extras.dkey_bias is not None:
+            self.extras.dkey_bias.add_(dbias.transpose(1, 2))
+
+    def _lines(self) -> tuple[Tensor, tuple[Tensor, Tensor, Tensor]]:
+        """(bias [B, Hk, Nk] as the kernels add it; bias, pos_q, pos_k as arguments, where absent an address not read)."""
+        bias, positions, absent = self.extras.key_bias, self.extras.positions, self.q.new_empty((1, 1, 1), dtype=torch.float32)
+        if bias is None:
+            scaled = absent
+        else:
+            scaled = (bias.transpose(1, 2).float() * self.scores.bias_scale).contiguous()
+        nowhere = absent.view(torch.int32)
+        pos_q, pos_k = (nowhere, nowhere) if positions is None else (x.int().contiguous() for x in positions)
+        return scaled, (scaled, pos_q, pos_k)
+
+    def _lists(self, work: WorkList, block_rows: int, *, transposed: bool) -> tuple[object, ...]:
+        """Arguments that only kernels under a block plan have."""
+        operand = self._operand
+        if operand is None:
+            return ()
+        plan = operand.plan.to(self.q.device)
+        full, partial = plan.transposed if transposed else (plan.full, plan.partial)
+        num_lists, num_ranges = full.counts.shape[-1], len(work.ranges)
+        table = (self.tiles.tobytes(), operand.offsets_of(self.tiles).tobytes(), block_rows, self.group if transposed else 0)
+        if table not in plan.positions:
+            plan.positions[table] = _positions(work, plan, full, partial, transposed=transposed)
+        lists = (full.starts, full.blocks, partial.starts, partial.blocks)
+        return (plan.positions[table], *lists, plan.heads, plan.batch, operand.heads, num_lists, num_ranges)
+
+    def _query_grid(self, work: WorkList) -> tuple[int, int]:
+        return work.num_blocks * self.group * -(-work.num_heads // self.group), self.q.shape[0]
+
+    def _launch(self, name: str, grid: tuple[int, int], config: LaunchConfig, *arguments: object) -> None:
+        """Launch a kernel, with fewer stages where the device's shared memory does not hold as many."""
+        head_dim, value_dim = self.q.shape[-1], self.v.shape[-1]
+        constants = {
+            "D": head_dim, "DV": value_dim, "BLOCK_D": padded(head_dim), "BLOCK_DV": padded(value_dim),
+            "BLOCK_Q": config.block_q, "BLOCK_K": config.block_k, "SCORES": self.scores.kind,
+            "BIAS": self.extras.key_bias is not None, "POSITIONS": self.extras.positions is not None, "WHOLE": self.whole,
+        }  # fmt: skip
+        direction, prefix = "forward" if name == "forward" else "backward", ""
+        if self._operand is not None:
+            constants |= {"PLAN_Q": self._operand.plan.block_q, "PLAN_K": self._operand.plan.block_k}
+            prefix = "plan_"
+        kernel = getattr(_kernels(prefix + direction), f"{prefix}{name}_kernel")
+
+        def launch(num_stages: int) -> None:
+            with torch.cuda.device_of(self.q):
+                kernel[grid](*arguments, **constants, num_warps=config.num_warps, num_stages=num_stages)
+
+        key = (kernel, config, self.q.dtype, self.q.device, *constants.values())
+        _with_fewer_stages(launch, key, config)
+
+
+def _positions(work: WorkList, plan: BlockPlan, full: BlockLists, partial: BlockLists, *, transposed: bool) -> Tensor:
+    """Where the parts of a plan's lists that a range takes begin and end, int32 [b, p, ranges, 8]."""
+    num_ranges = len(work.ranges)
+    positions = torch.empty((plan.batch, plan.heads, num_ranges, 8), dtype=torch.int32, device=work.ranges.device)
+    rows, columns = (plan.block_k, plan.block_q) if transposed else (plan.block_q, plan.block_k)
+    with torch.cuda.device_of(positions):
+        _kernels("plan_forward").positions_kernel[(work.num_blocks, plan.heads, plan.batch)](
+            positions, work.blocks, work.ranges, *full, *partial, plan.heads, full.counts.shape[-1], num_ranges,
+            PLAN_ROWS=rows, PLAN_COLUMNS=columns, num_warps=1,
+        )  # fmt: skip
+    return positions
+
+
+def _powers(lse: Tensor) -> Tensor:
+    """The LSE in powers of two, +∞ where a row saw nothing, rows next to each other: [B, H, N] from [B, N, H]."""
+    powers = lse.transpose(1, 2) * math.log2(math.e)
+    return powers.masked_fill_(powers == float("-inf"), float("inf")).contiguous()
+
+
+def row_delta(out: Tensor, do: Tensor, dlse: Tensor | None) -> Tensor:
+    """Σ do∘out − dlse, fp32 [B, H, N], in one pass over both."""
+    batch, rows, heads, value_dim = out.shape
+    delta = torch.empty((batch, heads, rows), dtype=torch.float32, device=out.device)
+    given = delta.transpose(1, 2) if dlse is None else dlse
+    with torch.cuda.device_of(out):
+        _kernels("backward").delta_kernel[(-(-rows // DELTA_ROWS), heads, batch)](
+            out, do, given, delta, rows, *row_strides(out, do, given), *delta.stride()[:2],
+            DV=value_dim, BLOCK_DV=padded(value_dim), BLOCK_Q=DELTA_ROWS, HAS_DLSE=dlse is not None,
+        )  # fmt: skip
+    return delta
 
 
 @lru_cache(maxsize=1)
@@ -170,16 +310,17 @@ def _is_interpreted() -> bool:
     return os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "on", "y", "yes")
 
 
-def _kernels(direction: str) -> ModuleType:
+def _kernels(name: str) -> ModuleType:
     """The module of kernels, imported when first needed: this package must import where Triton is not installed."""
-    return importlib.import_module(f"distattn.kernels.softmax.triton_{direction}")
+    return importlib.import_module(f"distattn.kernels.softmax.triton_{name}")
 
 
-def _padded(dim: int) -> int:
-    return max(MIN_BLOCK_DIM, 1 << (dim - 1).bit_length())
+def with_unit_stride(x: Tensor) -> Tensor:
+    """Unlike q, k and v, nobody chooses the strides of a gradient: that of a sum has stride 0."""
+    return x if x.stride(-1) == 1 else x.contiguous()
 
 
-def _check(**tensors: Tensor) -> None:
+def check_tensors(**tensors: Tensor) -> None:
     """Raise InputError for a tensor [B, N, H, D] that the kernels cannot address or multiply."""
     dtype = tensors["q"].dtype
     for name, x in tensors.items():
@@ -198,50 +339,41 @@ def _check(**tensors: Tensor) -> None:
             raise InputError(f"{name} is {x.dtype}; with q of {dtype} the triton kernel needs {wanted}.")
 
 
-def _score_numbers(scale: float, softcap: float | None) -> tuple[int, float, float]:
-    """(SCORES, score_scale ≥ 0, cap_scale) of the kernels; a maximum of scores is scaled after it is taken."""
+def _check_extras(q: Tensor, k: Tensor, extras: Extras) -> None:
+    """Raise InputError for a bias or positions of the wrong shape or kind."""
+    batch, keys, kv_heads, _ = k.shape
+    for name in ("key_bias", "dkey_bias"):
+        bias = getattr(extras, name)
+        if bias is not None and (tuple(bias.shape) != (batch, keys, kv_heads) or not bias.dtype.is_floating_point):
+            raise InputError(
+                f"{name} must hold floats [{batch}, {keys}, {kv_heads}], one for each key, got {bias.dtype} {list(bias.shape)}."
+            )
+    if extras.positions is not None:
+        for name, x, rows in (("pos_q", extras.positions[0], q.shape[1]), ("pos_k", extras.positions[1], keys)):
+            if tuple(x.shape) != (rows,) or x.dtype not in (torch.int32, torch.int64):
+                raise InputError(f"{name} must be int32 or int64 [{rows}], one for each row, got {x.dtype} {list(x.shape)}.")
+
+
+def _score_numbers(scale: float, softcap: float | None) -> _Scores:
+    """score_scale ≥ 0: a maximum of scores is scaled after it is taken."""
     kernels = _kernels("forward")
     log2e = math.log2(math.e)
     if softcap is not None:
-        return kernels.SCORES_CAPPED.value, softcap * log2e, scale / softcap
+        return _Scores(kernels.SCORES_CAPPED.value, softcap * log2e, scale / softcap, 1 / softcap)
     kind = kernels.SCORES_NEGATED if scale < 0 else kernels.SCORES_PLAIN
-    return kind.value, float(abs(scale)) * log2e, 0.0
+    return _Scores(kind.value, float(abs(scale)) * log2e, 0.0, log2e)
 
 
-def _strides(*tensors: Tensor) -> list[int]:
+def row_strides(*tensors: Tensor) -> list[int]:
     """Batch, row and head strides of each."""
     return [stride for x in tensors for stride in x.stride()[:3]]
-
-
-def _query_grid(work: WorkList, group: int, q: Tensor) -> tuple[int, int]:
-    return work.num_blocks * group * -(-work.num_heads // group), q.shape[0]
 
 
 _stages_that_fit: dict[tuple[object, ...], int] = {}
 
 
-def _launch(
-    kernel: Any, grid: tuple[int, int], config: LaunchConfig, q: Tensor, v: Tensor, kind: int, *arguments: object
-) -> None:
-    """Launch with the configuration, or with fewer stages where the device's shared memory does not hold as many.
-
-    Only the compiler knows how much a kernel needs; what fits is remembered.
-    """
-    head_dim, value_dim = q.shape[-1], v.shape[-1]
-    constants = {
-        "D": head_dim, "DV": value_dim, "BLOCK_D": _padded(head_dim), "BLOCK_DV": _padded(value_dim),
-        "BLOCK_Q": config.block_q, "BLOCK_K": config.block_k, "SCORES": kind,
-    }  # fmt: skip
-
-    def launch(num_stages: int) -> None:
-        with torch.cuda.device_of(q):
-            kernel[grid](*arguments, **constants, num_warps=config.num_warps, num_stages=num_stages)
-
-    key = (kernel, config, head_dim, value_dim, q.dtype, kind, q.device)
-    _with_fewer_stages(launch, key, config)
-
-
-def _with_fewer_stages(launch: Callable[[int], None], key: tuple[object, ...], config: LaunchConfig) -> None:
+def _with_fewer_stages(launch: Callable[[int], Any], key: tuple[object, ...], config: LaunchConfig) -> None:
+    """Only the compiler knows how much shared memory a kernel needs; what fits is remembered."""
     from triton.runtime.errors import OutOfResources
 
     for num_stages in range(_stages_that_fit.get(key, config.num_stages), 0, -1):

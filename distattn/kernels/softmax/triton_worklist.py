@@ -21,13 +21,17 @@ import torch
 from torch import Tensor
 
 from distattn.errors import InputError
-from distattn.kernels.protocol import T_K1, T_Q1, TILE_COLUMNS
-from distattn.kernels.tiles import clip_tiles
+from distattn.kernels.block_plan import BlockOperand
+from distattn.kernels.protocol import T_H0, T_H1, T_K1, T_Q1, T_SHIFT, TILE_COLUMNS
+from distattn.kernels.tiles import clip_tiles, head_spans
 
 BLOCK_COLUMNS = ("row0", "row1", "full", "boundary", "end", "h0", "h1", "cost")
 """Rows [row0, row1) of the block; its ranges: FULL [full, boundary), boundary [boundary, end); its row heads [h0, h1)."""
-RANGE_COLUMNS = ("start", "stop", "lo", "hi", "h0", "h1", "shift", "unused")
-"""Columns [start, stop) on the diagonals lo ≤ column − row ≤ hi, for query heads [h0, h1)."""
+RANGE_COLUMNS = ("start", "stop", "lo", "hi", "h0", "h1", "shift", "steps")
+"""Columns [start, stop) on the diagonals lo ≤ column − row ≤ hi, for query heads [h0, h1). steps: column blocks from this
+range to the block's last one of the same kind, counted for every query head of one row head."""
+PLAN_RANGE_COLUMNS = ("start", "stop", "lo", "hi", "h0", "h1", "shift", "column_offset", "head_offset")
+"""Ranges under a block plan: offsets lead from columns and query heads to those of the plan."""
 
 MAX_POSITION = 1 << 30
 """Rows and columns must lie below it, so that differences fit int32."""
@@ -42,6 +46,8 @@ class WorkList:
     num_blocks: int
     num_heads: int
     """The most row heads that a block has."""
+    num_rows: int
+    """Rows of all blocks, each counted for every one of its row heads."""
 
 
 def query_work(tiles: np.ndarray, block_q: int, block_k: int, device: torch.device) -> WorkList | None:
@@ -62,12 +68,34 @@ def _table_bytes(tiles: np.ndarray) -> bytes:
 def _remembered(table: bytes, block_rows: int, block_columns: int, group: int, device: str) -> WorkList | None:
     """group 0: rows are queries. Layers and steps replay the same tables, so tables on the device are kept."""
     tiles = np.frombuffer(table, dtype=np.int64).reshape(-1, len(TILE_COLUMNS))
-    blocks, ranges = build(tiles, block_rows, block_columns, group)
+    return _on_device(*build(tiles, block_rows, block_columns, group), device)
+
+
+def plan_query_work(tiles: np.ndarray, operand: BlockOperand, block_q: int, device: torch.device) -> WorkList | None:
+    """``query_work`` under a block plan: a range for each tile, and blocks that lie in one query block of the plan."""
+    return _remembered_plan(_table_bytes(tiles), _table_bytes(operand.offsets_of(tiles)), block_q, 0, str(device))
+
+
+def plan_key_work(tiles: np.ndarray, operand: BlockOperand, block_k: int, group: int, device: torch.device) -> WorkList | None:
+    """``key_work`` under a block plan: a range for each tile, and blocks that lie in one key block of the plan."""
+    return _remembered_plan(_table_bytes(tiles), _table_bytes(operand.offsets_of(tiles)), block_k, group, str(device))
+
+
+@lru_cache(maxsize=256)
+def _remembered_plan(table: bytes, offsets: bytes, block_rows: int, group: int, device: str) -> WorkList | None:
+    tiles = np.frombuffer(table, dtype=np.int64).reshape(-1, len(TILE_COLUMNS))
+    return _on_device(*build_for_plan(tiles, np.frombuffer(offsets, np.int64).reshape(-1, 3), block_rows, group), device)
+
+
+def _on_device(blocks: np.ndarray, ranges: np.ndarray, device: str) -> WorkList | None:
     if not len(blocks):
         return None
     num_heads = int((blocks[:, 6] - blocks[:, 5]).max())
+    num_rows = int(((blocks[:, 1] - blocks[:, 0]) * (blocks[:, 6] - blocks[:, 5])).sum())
+    # A line more: a pipelined loop looks at the range behind its last one.
+    ranges = np.concatenate((ranges, np.zeros_like(ranges[:1])))
     on_device = (torch.from_numpy(x.astype(np.int32)).to(device) for x in (blocks, ranges))
-    return WorkList(*on_device, num_blocks=len(blocks), num_heads=num_heads)
+    return WorkList(*on_device, num_blocks=len(blocks), num_heads=num_heads, num_rows=num_rows)
 
 
 def build(tiles: np.ndarray, block_rows: int, block_columns: int, group: int = 0) -> tuple[np.ndarray, np.ndarray]:
@@ -76,30 +104,64 @@ def build(tiles: np.ndarray, block_rows: int, block_columns: int, group: int = 0
     tiles int64 [N, 9]. group: query heads per KV head where rows are keys, or 0 where rows are queries.
     Raises InputError if a position does not fit the kernels' 32-bit tables.
     """
-    tiles = clip_tiles(tiles)
-    if not len(tiles):
+    sides = _checked_sides(tiles, group)
+    if not len(sides):
         return np.zeros((0, len(BLOCK_COLUMNS)), np.int64), np.zeros((0, len(RANGE_COLUMNS)), np.int64)
-    if tiles[:, [T_Q1, T_K1]].max() >= MAX_POSITION:
-        raise InputError(f"tiles hold row {tiles[:, [T_Q1, T_K1]].max()}; the triton kernel takes rows below {MAX_POSITION}.")
-    sides = _sides(tiles, group)
     block, side = _blocks_and_tiles(sides, block_rows)
     return _ranges(block, sides[side], block_columns)
 
 
-# A tile as rows and columns: rows, columns, diagonals (column − row), row heads, and the query heads and shift of the tile.
-S_R0, S_R1, S_C0, S_C1, S_LO, S_HI, S_G0, S_G1, S_H0, S_H1, S_SHIFT = range(11)
+def build_for_plan(tiles: np.ndarray, offsets: np.ndarray, block_rows: int, group: int = 0) -> tuple[np.ndarray, np.ndarray]:
+    """(blocks int64 [NB, 8], ranges int64 [NR, 9]) of a table of tiles under a block plan.
+
+    offsets int64 [N, 3]: of the tiles' queries, keys and query heads. Blocks are those of ``build`` with the plan's row of
+    their row 0 in place of ``boundary``, and ranges [full, end); no block crosses a multiple of ``block_rows`` in the plan.
+    """
+    sides = _checked_sides(tiles, group, offsets)
+    if not len(sides):
+        return np.zeros((0, len(BLOCK_COLUMNS)), np.int64), np.zeros((0, len(PLAN_RANGE_COLUMNS)), np.int64)
+    block, line = _blocks_and_tiles(sides, block_rows, in_plan=True)
+    side = sides[line]
+    start = np.maximum(side[:, S_C0], block[:, 0] + side[:, S_LO])
+    stop = np.minimum(side[:, S_C1], block[:, 1] + side[:, S_HI])
+    order = np.lexsort((side[:, S_SHIFT], side[:, S_H0], stop, start, block[:, 0], block[:, 2]))
+    block, side, start, stop = (x[order] for x in (block, side, start, stop))
+    is_first = _first_of_block(block)
+    cost = np.bincount(np.cumsum(is_first) - 1, weights=stop - start).astype(np.int64)
+    begin = np.flatnonzero(is_first)
+    end, unique = np.append(begin[1:], len(block)), block[is_first]
+    row = unique[:, 0] + side[is_first, S_ROW]
+    blocks = np.stack((*unique[:, :2].T, begin, row, end, *unique[:, 2:].T, cost), axis=1)
+    ranges = np.stack((start, stop, *side[:, [S_LO, S_HI, S_H0, S_H1, S_SHIFT, S_COLUMN, S_HEAD]].T), axis=1)
+    return blocks[np.argsort(-cost, kind="stable")], ranges
 
 
-def _sides(tiles: np.ndarray, group: int) -> np.ndarray:
-    """int64 [N, 11]: the tiles with queries as rows, or with keys as rows and KV heads as row heads."""
-    q0, q1, k0, k1, lo, hi, h0, h1, shift = tiles.T
-    bound = 2 * MAX_POSITION - 1
+# A tile as rows and columns: rows, columns, diagonals (column − row), row heads, the query heads and shift of the tile, and
+# what leads to the rows, columns and query heads of a block plan.
+S_R0, S_R1, S_C0, S_C1, S_LO, S_HI, S_G0, S_G1, S_H0, S_H1, S_SHIFT, S_ROW, S_COLUMN, S_HEAD = range(14)
+
+
+def _checked_sides(tiles: np.ndarray, group: int, offsets: np.ndarray | None = None) -> np.ndarray:
+    """int64 [M, 14]: tiles that are not empty, with queries as rows, or with keys as rows and KV heads as row heads."""
+    offsets = np.zeros((len(tiles), 3), np.int64) if offsets is None else offsets
+    tiles = clip_tiles(np.concatenate((tiles, offsets), axis=1))
+    if len(tiles) and tiles[:, [T_Q1, T_K1]].max() >= MAX_POSITION:
+        raise InputError(f"tiles hold row {tiles[:, [T_Q1, T_K1]].max()}; the triton kernel takes rows below {MAX_POSITION}.")
+    q0, q1, k0, k1, lo, hi, h0, h1, shift, row, column, head = tiles.T
+    bound = MAX_POSITION - 1
     lo, hi = np.maximum(lo, -bound), np.minimum(hi, bound)
-    if group:
-        sides = (k0, k1, q0, q1, -hi, -lo, (h0 + shift) // group, (h1 - 1 + shift) // group + 1, h0, h1, shift)
-    else:
-        sides = (q0, q1, k0, k1, lo, hi, h0, h1, h0, h1, shift)
-    return np.stack(sides, axis=1)
+    if not group:
+        return np.stack((q0, q1, k0, k1, lo, hi, h0, h1, h0, h1, shift, row, column, head), axis=1)
+    sides = np.stack((k0, k1, q0, q1, -hi, -lo, h0, h1, h0, h1, shift, column, row, head), axis=1)
+    # Cut where the query heads of a tile do not fill a group, so that all KV heads of a side have equally many.
+    kinds, kind = np.unique(tiles[:, [T_H0, T_H1, T_SHIFT]], axis=0, return_inverse=True)
+    spans = [head_spans(*heads, group) for heads in kinds.tolist()]
+    flat = np.array([span for x in spans for span in x], np.int64).reshape(-1, 4)
+    count = np.array([len(x) for x in spans], np.int64)
+    source, step = _expand(count[kind.ravel()])
+    sides = sides[source]
+    sides[:, [S_H0, S_H1, S_G0, S_G1]] = flat[(np.cumsum(count) - count)[kind.ravel()[source]] + step]
+    return sides
 
 
 def _expand(counts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -108,9 +170,10 @@ def _expand(counts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return source, np.arange(len(source)) - np.repeat(np.cumsum(counts) - counts, counts)
 
 
-def _blocks_and_tiles(sides: np.ndarray, block_rows: int) -> tuple[np.ndarray, np.ndarray]:
+def _blocks_and_tiles(sides: np.ndarray, block_rows: int, *, in_plan: bool = False) -> tuple[np.ndarray, np.ndarray]:
     """Blocks of rows and heads that no tile's edge crosses, one line per block and tile that covers it.
 
+    They begin at tiles' edges, or, in a block plan, at those and at multiples of ``block_rows`` in its coordinates.
     Returns (block int64 [M, 4] row0, row1, h0, h1; side int64 [M], the tile's index).
     """
     # Heads: between two neighbouring edges of tiles every head has the same tiles.
@@ -125,9 +188,10 @@ def _blocks_and_tiles(sides: np.ndarray, block_rows: int) -> tuple[np.ndarray, n
     line, step = _expand(np.searchsorted(keys, key + sides[side, S_R1]) - first)
     segment, side, span = first[line] + step, side[line], span[line]
     row0, row1 = keys[segment] % MAX_POSITION, keys[segment + 1] % MAX_POSITION
-    line, step = _expand(-(-(row1 - row0) // block_rows))
-    start = row0[line] + step * block_rows
-    stop = np.minimum(start + block_rows, row1[line])
+    first = row0 - (row0 + sides[side, S_ROW]) % block_rows if in_plan else row0
+    line, step = _expand(-(-(row1 - first) // block_rows))
+    start = np.maximum(first[line] + step * block_rows, row0[line])
+    stop = np.minimum(first[line] + (step + 1) * block_rows, row1[line])
     block = np.stack((start, stop, edges[span[line]], edges[span[line] + 1]), axis=1)
     return block, side[line]
 
@@ -155,16 +219,28 @@ def _ranges(block: np.ndarray, side: np.ndarray, block_columns: int) -> tuple[np
     # Canonical order: block by block, FULL before boundary, then by position.
     order = np.lexsort((side[:, S_SHIFT], side[:, S_H0], stop, start, boundary, block[:, 0], block[:, 2]))
     block, side, start, stop, boundary = (x[order] for x in (block, side, start, stop, boundary))
-    is_first = np.ones(len(block), dtype=bool)
-    is_first[1:] = (block[1:, [0, 2]] != block[:-1, [0, 2]]).any(1)
+    is_first = _first_of_block(block)
     index = np.cumsum(is_first) - 1
-    heads = side[:, S_H1] - side[:, S_H0]
-    cost = np.bincount(index, weights=-(-(stop - start) // block_columns) * heads).astype(np.int64)
+    heads = (side[:, S_H1] - side[:, S_H0]) // (side[:, S_G1] - side[:, S_G0])
+    steps = -(-(stop - start) // block_columns) * heads
+    cost = np.bincount(index, weights=steps * (block[:, 3] - block[:, 2])).astype(np.int64)
     num_boundary = np.bincount(index, weights=boundary).astype(np.int64)
     begin = np.flatnonzero(is_first)
     end = np.append(begin[1:], len(block))
     unique = block[is_first]
     blocks = np.stack((*unique[:, :2].T, begin, end - num_boundary, end, *unique[:, 2:].T, cost), axis=1)
-    unused = np.zeros_like(start)
-    ranges = np.stack((start, stop, *side[:, [S_LO, S_HI, S_H0, S_H1, S_SHIFT]].T, unused), axis=1)
+    # Steps to the last range of the same kind: the sum to the end of the table less what lies behind that range.
+    is_first[1:] |= boundary[1:] != boundary[:-1]
+    kind = np.cumsum(is_first) - 1
+    to_end = np.append(np.cumsum(steps[::-1])[::-1], 0)
+    behind = to_end[np.append(np.flatnonzero(is_first)[1:], len(steps))]
+    steps = to_end[:-1] - behind[kind]
+    ranges = np.stack((start, stop, *side[:, [S_LO, S_HI, S_H0, S_H1, S_SHIFT]].T, steps), axis=1)
     return blocks[np.argsort(-cost, kind="stable")], ranges
+
+
+def _first_of_block(block: np.ndarray) -> np.ndarray:
+    """Which lines are the first of their block: lines int64 [M, 4], block by block."""
+    is_first = np.ones(len(block), dtype=bool)
+    is_first[1:] = (block[1:, [0, 2]] != block[:-1, [0, 2]]).any(1)
+    return is_first

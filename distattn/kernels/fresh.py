@@ -1,0 +1,61 @@
+"""Tiles into carries and gradients that nothing was added to yet: what can be written need not be cleared, read and added to.
+
+A vendor kernel's partial result comes in the input dtype anyway, so that taking it over loses nothing. Other backends add to
+sums, which are cleared here for them.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from torch import Tensor
+
+from distattn.kernels.merge import merge_partial
+from distattn.kernels.protocol import Backend, Carry
+from distattn.kernels.selection import SplitBackend
+from distattn.kernels.softmax.launched import LaunchedBackend
+
+
+def clear_carry(carry: Carry) -> None:
+    """Rows that have seen nothing."""
+    for x, value in zip(carry, (0.0, float("-inf"), 0.0)):
+        x.fill_(value)
+
+
+def attend_fresh(backend: Backend, q: Tensor, k: Tensor, v: Tensor, tiles: np.ndarray, carry: Carry, **settings: Any) -> None:
+    """``backend.attend`` into a carry of any content, of which nothing is left."""
+    forward = backend.forward if isinstance(backend, SplitBackend) else backend
+    if isinstance(forward, LaunchedBackend) and forward.writes_rows_once(tiles, settings["group"]):
+        out, lse = forward.attend_whole(q, k, v, tiles, **settings)
+        merge_partial(carry, out, lse.to(carry.m.dtype), fresh=True, all_seen=True)
+        return
+    clear_carry(carry)
+    backend.attend(q, k, v, tiles, carry, **settings)
+
+
+def whole_gradients(
+    backend: Backend, q: Tensor, k: Tensor, v: Tensor, out: Tensor | None, lse: Tensor, do: Tensor, tiles: np.ndarray,
+    **settings: Any,
+) -> tuple[Tensor, Tensor, Tensor] | None:  # fmt: skip
+    """What these tiles alone give dq, dk and dv, in the input dtype, from a backend that has it so in one launch; else None."""
+    backward = backend.backward if isinstance(backend, SplitBackend) else backend
+    if isinstance(backward, LaunchedBackend) and out is not None and backward.fills(q, k, tiles, settings["group"]):
+        return backward.attend_backward_whole(q, k, v, out, lse, do, None, tiles, **settings)
+    return None
+
+
+def attend_backward_fresh(
+    backend: Backend, q: Tensor, k: Tensor, v: Tensor, out: Tensor | None, lse: Tensor, do: Tensor, delta: Tensor,
+    tiles: np.ndarray, sums: tuple[Tensor, Tensor, Tensor], fresh: tuple[bool, bool, bool], **settings: Any,
+) -> None:  # fmt: skip
+    """``backend.attend_backward`` into (dq, dk, dv), where of those that are ``fresh`` no content is left."""
+    gradients = whole_gradients(backend, q, k, v, out, lse, do, tiles, **settings)
+    if gradients is not None:
+        for into, gradient, new in zip(sums, gradients, fresh):
+            into.copy_(gradient) if new else into.add_(gradient)
+        return
+    for into, new in zip(sums, fresh):
+        if new:
+            into.zero_()
+    backend.attend_backward(q, k, v, out, lse, do, delta, tiles, *sums, **settings)

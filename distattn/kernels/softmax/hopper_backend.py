@@ -1,0 +1,170 @@
+"""Our kernels for Hopper as a backend: the tiles, carries and results of ``triton``, at the speed of wgmma and TMA.
+
+Written in Triton's Gluon (``hopper_forward.py``, ``hopper_backward.py``), compiled for compute capability 9.0 only.
+Descriptors of the copy engine need addresses and strides of whole 16 bytes: what does not have them is copied first.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import math
+from functools import lru_cache
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from distattn.kernels.protocol import Carry, Case, Extras, why_no_extras
+from distattn.kernels.softmax.triton_backend import TritonBackend, check_tensors, row_delta, row_strides, with_unit_stride
+from distattn.kernels.softmax.triton_worklist import WorkList, key_work, query_work
+
+HEAD_DIMS = (64, 128)
+BLOCK_Q = 128
+BLOCK_K = 128
+FORWARD_STAGES = 3
+BACKWARD_BLOCK_K = 128
+BACKWARD_BLOCK_Q = 64
+BACKWARD_STAGES = 2
+UNIT_BYTES = 16
+
+
+class HopperBackend(TritonBackend):
+    """Our Gluon kernels (bf16, fp16; head dimensions 64 and 128)."""
+
+    name = "hopper"
+
+    def why_not(self, case: Case) -> str | None:
+        if case.device_type != "cuda":
+            return f"runs on cuda, not on {case.device_type}"
+        reason = super().why_not(case)
+        if reason is not None:
+            return reason
+        if not _has_gluon():
+            return "needs Triton 3.6 or newer"
+        if torch.cuda.get_device_capability() != (9, 0):
+            return "needs a GPU of compute capability 9.0"
+        if case.dtype not in (torch.bfloat16, torch.float16):
+            return f"computes bf16 and fp16, not {case.dtype}"
+        if case.head_dim != case.value_dim or case.head_dim not in HEAD_DIMS:
+            return f"takes head dimensions 64 and 128, keys and values alike, not {case.head_dim} and {case.value_dim}"
+        if case.deterministic:
+            return "sums dq in no fixed order"
+        return "takes no soft-cap" if case.softcap else why_no_extras(case)
+
+    def attend(
+        self, q: Tensor, k: Tensor, v: Tensor, tiles: np.ndarray, carry: Carry, *, group: int, scale: float,
+        softcap: float | None, extras: Extras | None = None,
+    ) -> None:  # fmt: skip
+        check_tensors(q=q, k=k, v=v, acc=carry.acc)
+        work = query_work(tiles, BLOCK_Q, BLOCK_K, q.device)
+        if work is not None:
+            _forward(q, k, v, *carry, work, group, scale, whole=False)
+
+    def attend_whole(
+        self, q: Tensor, k: Tensor, v: Tensor, tiles: np.ndarray, *, group: int, scale: float, softcap: float | None,
+        extras: Extras | None = None,
+    ) -> tuple[Tensor, Tensor]:  # fmt: skip
+        check_tensors(q=q, k=k, v=v)
+        work = query_work(tiles, BLOCK_Q, BLOCK_K, q.device)
+        batch, rows, heads, _ = q.shape
+        out = torch.empty_like(q, memory_format=torch.contiguous_format)
+        lse = torch.empty((batch, heads, rows), dtype=torch.float32, device=q.device).transpose(1, 2)
+        if work is None or work.num_rows < rows * heads:
+            out.zero_()
+            lse.fill_(float("-inf"))
+        if work is not None:
+            _forward(q, k, v, out, lse, lse, work, group, scale, whole=True)
+        return out, lse
+
+    def attend_backward(
+        self, q: Tensor, k: Tensor, v: Tensor, out: Tensor | None, lse: Tensor, do: Tensor, delta: Tensor,
+        tiles: np.ndarray, dq: Tensor, dk: Tensor, dv: Tensor, *, group: int, scale: float, softcap: float | None,
+        extras: Extras | None = None,
+    ) -> None:  # fmt: skip
+        do = with_unit_stride(do.to(q.dtype))
+        check_tensors(q=q, k=k, v=v, do=do, dq=dq, dk=dk, dv=dv)
+        work = key_work(tiles, BACKWARD_BLOCK_K, BACKWARD_BLOCK_Q, group, q.device)
+        if work is not None:
+            lse, delta = (x.transpose(1, 2).contiguous() for x in (lse, delta))
+            _backward(q, k, v, do, lse, delta, dq, dk, dv, work, group, scale, whole=False)
+
+    def attend_backward_whole(
+        self, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, do: Tensor, dlse: Tensor | None,
+        tiles: np.ndarray, *, group: int, scale: float, softcap: float | None, extras: Extras | None = None,
+    ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+        do, out = with_unit_stride(do.to(q.dtype)), with_unit_stride(out)
+        check_tensors(q=q, k=k, v=v, do=do)
+        work = key_work(tiles, BACKWARD_BLOCK_K, BACKWARD_BLOCK_Q, group, q.device)
+        dq = torch.zeros(q.shape, dtype=torch.float32, device=q.device)
+        dk, dv = (torch.empty_like(x, memory_format=torch.contiguous_format) for x in (k, v))
+        if work is None or work.num_rows < k.shape[1] * k.shape[2]:
+            dk.zero_()
+            dv.zero_()
+        if work is not None:
+            delta, lse = row_delta(out, do, dlse), lse.transpose(1, 2).contiguous()
+            _backward(q, k, v, do, lse, delta, dq, dk, dv, work, group, scale, whole=True)
+        return dq.to(q.dtype), dk, dv
+
+
+def _forward(
+    q: Tensor, k: Tensor, v: Tensor, acc: Tensor, m: Tensor, l: Tensor, work: WorkList, group: int, scale: float, *, whole: bool
+) -> None:
+    """Launch as many programs as the device runs at once; each takes blocks in turn."""
+    if scale < 0:
+        # A maximum of scores is scaled after it is taken.
+        q, scale = -q, -scale
+    num_chunks = -(-work.num_heads // group)
+    num_items = work.num_blocks * num_chunks * group * q.shape[0]
+    kernel = importlib.import_module("distattn.kernels.softmax.hopper_forward").forward_kernel
+    with torch.cuda.device_of(q):
+        kernel[min(num_items, _num_multiprocessors(q.device)),](
+            _descriptor(q, BLOCK_Q // 2), _descriptor(k, BLOCK_K), _descriptor(v, BLOCK_K), acc, m, l,
+            work.blocks, work.ranges, num_items, work.num_blocks, num_chunks, group, scale * math.log2(math.e),
+            *row_strides(acc, m, l), D=q.shape[-1], BLOCK_K=BLOCK_K, STAGES=FORWARD_STAGES, WHOLE=whole, num_warps=4,
+        )  # fmt: skip
+
+
+def _backward(
+    q: Tensor, k: Tensor, v: Tensor, do: Tensor, lse: Tensor, delta: Tensor, dq: Tensor, dk: Tensor, dv: Tensor,
+    work: WorkList, group: int, scale: float, *, whole: bool,
+) -> None:  # fmt: skip
+    """lse, delta [B, H, N], contiguous. dq is added to; so are dk and dv, unless ``whole``."""
+    kernel = importlib.import_module("distattn.kernels.softmax.hopper_backward").backward_kernel
+    half = BACKWARD_BLOCK_K // 2
+    with torch.cuda.device_of(q):
+        kernel[work.num_blocks * work.num_heads, q.shape[0]](
+            _descriptor(q, BACKWARD_BLOCK_Q), _descriptor(k, half), _descriptor(v, half), _descriptor(do, BACKWARD_BLOCK_Q),
+            lse, delta, dq, dk, dv, work.blocks, work.ranges, work.num_blocks, *lse.stride()[:2], group,
+            scale * math.log2(math.e), scale, *row_strides(dq, dk, dv),
+            D=q.shape[-1], STAGES=BACKWARD_STAGES, WHOLE=whole, num_warps=4,
+        )  # fmt: skip
+
+
+def _descriptor(x: Tensor, num_rows: int) -> Any:
+    """Of [B, H, N, D], in blocks of ``num_rows`` rows, for a tensor [B, N, H, D]."""
+    hopper = importlib.import_module("triton.experimental.gluon.nvidia.hopper")
+    language = importlib.import_module("triton.experimental.gluon.language")
+    unit = UNIT_BYTES // x.element_size()
+    if x.data_ptr() % UNIT_BYTES or any(s <= 0 or s % unit for n, s in zip(x.shape[:3], x.stride()) if n > 1):
+        x = x.contiguous()
+    x = x.transpose(1, 2)
+    # The stride of a dimension of one is never used, but must look valid.
+    strides = [s if n > 1 else x.shape[-1] for n, s in zip(x.shape[:3], x.stride())]
+    block = [1, 1, num_rows, x.shape[-1]]
+    layout = language.NVMMASharedLayout.get_default_for(block, language.bfloat16)
+    return hopper.TensorDescriptor(x, list(x.shape), [*strides, 1], block, layout)
+
+
+@lru_cache(maxsize=1)
+def _has_gluon() -> bool:
+    """Whether the parts of Gluon that the kernels are written in are there; they came with Triton 3.6."""
+    triton = importlib.import_module("triton")
+    version = tuple(int(x) for x in triton.__version__.split(".")[:2])
+    return version >= (3, 6)
+
+
+@lru_cache(maxsize=8)
+def _num_multiprocessors(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count

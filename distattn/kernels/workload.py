@@ -1,0 +1,179 @@
+"""What a table of tiles asks of each backend: launches, rows, blocks. From this and measured rates follows a time.
+
+    tiles ─▶ rectangles, a launch or several ─▶ Work ─▶ seconds, with a ``distattn.calibration.KernelRate``
+
+Pairs are counted in blocks of 128 × 128, since kernels compute whole blocks: those that a mask leaves whole, and the dearer
+ones that it cuts. At its end each launch waits for its longest row or column of blocks: launches of few rows waste most.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+from distattn.kernels.protocol import T_H0, T_H1, T_HI, T_K0, T_K1, T_LO, T_Q0, T_Q1, TILE_COLUMNS
+from distattn.kernels.softmax import fa4, torch_cuda
+from distattn.kernels.tiles import Piece, clip_tiles, decompose, windows
+
+BLOCK = 128
+
+
+class Work(NamedTuple):
+    """Counted over all heads.
+
+    calls of a backend; launches of its kernel; merges of their results, in the forward; rows that are written or merged, but
+    for those that a vendor's kernel writes itself; row_steps, column_steps: blocks along each launch's longest row, and
+    longest column, of blocks; pairs, cut_pairs: (query, key) pairs in whole blocks, and in blocks that a bound or an edge cuts.
+    """
+
+    calls: float
+    launches: float
+    merges: float
+    rows: float
+    row_steps: float
+    column_steps: float
+    pairs: float
+    cut_pairs: float
+
+    def __add__(self, other: object) -> Work:
+        assert isinstance(other, Work)
+        return Work(*(a + b for a, b in zip(self, other)))
+
+    def terms(self, *, backward: bool) -> tuple[float, float, float, float, float, float]:
+        """What the numbers of a ``KernelRate`` multiply: calls, launches, rows, steps, pairs, cut_pairs.
+
+        Merging a result costs the host about as much as launching its kernel. The forward works along rows; gradients of keys
+        wait for the longest column, the longer one where tiles share keys.
+        """
+        launches = self.launches if backward else self.launches + self.merges
+        steps = max(self.row_steps, self.column_steps) if backward else self.row_steps
+        return self.calls, launches, self.rows, steps, self.pairs, self.cut_pairs
+
+
+NOTHING = Work(0, 0, 0, 0, 0, 0, 0, 0)
+
+
+def work_of(backend: str, tables: Sequence[np.ndarray]) -> dict[str, Work]:
+    """Work by the kernel that does it, for tables int64 [N, 9], each one call of ``backend``.
+
+    A backend that hands some tiles to another's kernel has two entries.
+    """
+    found: dict[str, Work] = {}
+    for table in tables:
+        if backend not in _CUTS:
+            parts, merged = {backend: [clip_tiles(table)]}, None
+        else:
+            parts = _CUTS[backend](table)
+            merged = len(tables) > 1 or _share_rows([x for launches in parts.values() for x in launches])
+        for kernel, launches in parts.items():
+            found[kernel] = found.get(kernel, NOTHING) + count(launches, merged)
+    return found
+
+
+def _share_rows(launches: Sequence[np.ndarray]) -> bool:
+    if not launches:
+        return False
+    tiles = np.concatenate(launches)
+    return int(_covered_rows(tiles, np.zeros(len(tiles), np.int64)).sum()) < int((tiles[:, T_Q1] - tiles[:, T_Q0]).sum())
+
+
+def count(launches: Sequence[np.ndarray], merged: bool | None = None) -> Work:
+    """Work of one call that makes these launches, each a table of clipped rectangles int64 [N, 9].
+
+    merged: whether results of launches are merged in further kernels, or None where the kernel itself writes all there is.
+    """
+    launches = [x for x in launches if len(x)]
+    if not launches:
+        return NOTHING
+    tiles = np.concatenate(launches)
+    of_launch = np.repeat(np.arange(len(launches)), [len(x) for x in launches])
+    heads = tiles[:, T_H1] - tiles[:, T_H0]
+    tile, _, blocks, whole = _rows_of_blocks(tiles)
+    rows = (_covered_rows(tiles, of_launch) * heads).sum()
+    pairs, cut_pairs = ((x * heads[tile]).sum() * BLOCK**2 for x in (whole, blocks - whole))
+    num_merges, num_rows = len(launches) * bool(merged), 0.0 if merged is False else float(rows)
+    steps, columns = (_longest(x, of_launch) for x in (tiles, _transposed(tiles)))
+    return Work(1, len(launches), num_merges, num_rows, steps, columns, float(pairs), float(cut_pairs))
+
+
+def _rows_of_blocks(tiles: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """Blocks of queries of all tiles: the tile, the first query, the key blocks seen, and those that are seen whole."""
+    num_blocks = -(-(tiles[:, T_Q1] - tiles[:, T_Q0]) // BLOCK)
+    tile = np.repeat(np.arange(len(tiles)), num_blocks)
+    step = np.arange(len(tile)) - np.repeat(np.cumsum(num_blocks) - num_blocks, num_blocks)
+    q0, q1, k0, k1, lo, hi = tiles[tile, : T_HI + 1].T
+    first = q0 + step * BLOCK
+    last = np.minimum(first + BLOCK, q1) - 1
+    seen = np.minimum(k1, last + hi + 1) - np.maximum(k0, first + lo)
+    by_all = np.minimum(k1, first + hi + 1) - np.maximum(k0, last + lo)
+    blocks = -(-np.maximum(seen, 0) // BLOCK)
+    return tile, first, blocks, np.where(last - first == BLOCK - 1, np.maximum(by_all, 0) // BLOCK, 0)
+
+
+def _longest(tiles: np.ndarray, of_launch: np.ndarray) -> float:
+    """Most key blocks that a block of queries sees, over all tiles of its launch and heads; summed over launches."""
+    tile, first, blocks, _ = _rows_of_blocks(tiles)
+    place = np.stack([of_launch[tile], tiles[tile, T_H0], first // BLOCK], 1)
+    places, index = np.unique(place, axis=0, return_inverse=True)
+    together = np.bincount(index.reshape(-1), weights=blocks)
+    longest = np.zeros(int(of_launch.max()) + 1)
+    np.maximum.at(longest, places[:, 0], together)
+    return float(longest.sum())
+
+
+def _transposed(tiles: np.ndarray) -> np.ndarray:
+    """Keys for queries and queries for keys."""
+    turned = tiles.copy()
+    turned[:, : T_HI + 1] = tiles[:, [T_K0, T_K1, T_Q0, T_Q1, T_HI, T_LO]]
+    turned[:, T_LO : T_HI + 1] *= -1
+    return turned
+
+
+def _covered_rows(tiles: np.ndarray, of_launch: np.ndarray) -> np.ndarray:
+    """Rows that each tile adds to those of its launch's earlier ones (of any heads): int64 [N]."""
+    order = np.lexsort((tiles[:, T_Q0], tiles[:, T_H0], of_launch))
+    q0, q1 = tiles[order, T_Q0], tiles[order, T_Q1]
+    # Launches and heads are set apart along one axis, so that one running maximum serves all.
+    _, apart = np.unique(np.stack([of_launch, tiles[:, T_H0]], 1)[order], axis=0, return_inverse=True)
+    offset = apart.reshape(-1) * (int(q1.max(initial=0)) + 1)
+    ends = np.maximum.accumulate(q1 + offset)
+    before = np.concatenate([[0], ends[:-1]])
+    added = np.empty(len(tiles), np.int64)
+    added[order] = np.maximum(q1 + offset - np.maximum(q0 + offset, before), 0)
+    return added
+
+
+def _flash(table: np.ndarray) -> dict[str, list[np.ndarray]]:
+    return {"flash": _each(windows(table))}
+
+
+def _cudnn(table: np.ndarray) -> dict[str, list[np.ndarray]]:
+    """cuDNN's own pieces, and those that flash computes for it."""
+    pieces = decompose(table, block=None)
+    own = [torch_cuda.suits_cudnn(piece) for piece in pieces]
+    return {
+        "cudnn": _each([p for p, mine in zip(pieces, own) if mine]),
+        "flash": _each([p for p, mine in zip(pieces, own) if not mine]),
+    }
+
+
+def _fa4(table: np.ndarray) -> dict[str, list[np.ndarray]]:
+    return {"fa4": [_rectangles(chain) for chain in fa4.chains(table)]}
+
+
+def _each(pieces: Sequence[Piece]) -> list[np.ndarray]:
+    """One launch a piece."""
+    return list(_rectangles(pieces)[:, None]) if pieces else []
+
+
+def _rectangles(pieces: Sequence[Piece]) -> np.ndarray:
+    return np.array(pieces, dtype=np.int64).reshape(-1, 1 + len(TILE_COLUMNS))[:, 1:]
+
+
+_CUTS: Mapping[str, Callable[[np.ndarray], dict[str, list[np.ndarray]]]] = {
+    "flash": _flash,
+    "cudnn": _cudnn,
+    "fa4": _fa4,
+}

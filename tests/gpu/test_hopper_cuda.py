@@ -1,0 +1,104 @@
+"""The Hopper kernels on a GPU against the dense fp64 oracle, on the grid of the portable ones and with the same limits."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from distattn.kernels import BACKENDS, Case
+from distattn.kernels.protocol import Backend
+from tests.gpu.test_triton_cuda import ALL_CASES, assert_within_twice_plain_torch
+from tests.kernels.extras_cases import run_whole
+from tests.kernels.oracle import problem, run
+from tests.kernels.test_triton import spoiled
+
+pytestmark = pytest.mark.gpu
+
+BF16, FP16 = torch.bfloat16, torch.float16
+
+
+@pytest.fixture(scope="module")
+def backend() -> Backend:
+    reason = BACKENDS["hopper"].why_not(Case("cuda", BF16, 64, 64, 8, 2))
+    if reason is not None:
+        pytest.skip(f"gpu: hopper {reason}")
+    return BACKENDS["hopper"]
+
+
+@pytest.mark.parametrize("name", ALL_CASES)
+@pytest.mark.parametrize("dtype", [BF16, FP16], ids=str)
+@pytest.mark.parametrize("head_dim", [64, 128])
+def test_error_is_at_most_twice_that_of_plain_torch(name: str, dtype: torch.dtype, head_dim: int, backend: Backend) -> None:
+    tiles, sizes = ALL_CASES[name]
+    p = problem(tiles, sizes, head_dim=head_dim, batch=2, dtype=dtype, device="cuda", splits=(1,), lse_gradient=True)
+    assert_within_twice_plain_torch(run(backend, p), p)
+
+
+@pytest.mark.parametrize("name", ALL_CASES)
+@pytest.mark.parametrize("head_dim", [64, 128])
+def test_the_whole_without_a_carry(name: str, head_dim: int, backend: Backend) -> None:
+    tiles, sizes = ALL_CASES[name]
+    p = problem(tiles, sizes, head_dim=head_dim, batch=2, dtype=BF16, device="cuda", lse_gradient=True)
+    assert_within_twice_plain_torch(run_whole(backend, p), p)
+
+
+@pytest.mark.parametrize("name", ["ring", "slots", "documents", "heads_apart"])
+@pytest.mark.parametrize("whole", [False, True], ids=["carried", "whole"])
+def test_rows_that_no_tile_holds_may_be_nan(name: str, whole: bool, backend: Backend) -> None:
+    tiles, sizes = ALL_CASES[name]
+    p = problem(tiles, sizes, head_dim=128, dtype=BF16, device="cpu")
+    on_device = {key: getattr(spoiled(p), key).cuda() for key in ("q", "k", "v", "do", "dlse")}
+    dirty = replace(p, **on_device)
+    clean = replace(p, **{key: getattr(p, key).cuda() for key in ("q", "k", "v", "do", "dlse")})
+    answer = run_whole if whole else run
+    got, want = answer(backend, dirty), answer(backend, clean)
+    # Rows of q and do that are NaN have gradients that nobody asks for; keys and values take no part in them.
+    assert torch.equal(got.lse, want.lse)
+    assert torch.equal(got.out, want.out)
+
+
+@pytest.mark.parametrize("offset", [0, 1])
+def test_slices_of_nan_filled_buffers(offset: int, backend: Backend) -> None:
+    """offset 1: addresses and strides that the copy engine does not take."""
+    tiles, sizes = ALL_CASES["ring"]
+    p = problem(tiles, sizes, head_dim=64, batch=2, dtype=BF16, device="cuda")
+
+    def packed(x: torch.Tensor) -> torch.Tensor:
+        shape = (x.shape[0], x.shape[2] + 1, x.shape[1] + 3, x.shape[3] + 8 + offset)
+        view = torch.full(shape, float("nan"), device="cuda", dtype=BF16).transpose(1, 2)[
+            :, 2:-1, 1:, offset : offset + x.shape[3]
+        ]
+        return view.copy_(x)
+
+    p = replace(p, q=packed(p.q), k=packed(p.k), v=packed(p.v), do=packed(p.do))
+    assert_within_twice_plain_torch(run(backend, p), p)
+
+
+def test_a_negative_scale(backend: Backend) -> None:
+    tiles, sizes = ALL_CASES["window_1000"]
+    p = replace(problem(tiles, sizes, head_dim=128, dtype=BF16, device="cuda"), scale=-0.1)
+    assert_within_twice_plain_torch(run(backend, p), p)
+    assert_within_twice_plain_torch(run_whole(backend, p), p)
+
+
+def test_the_forward_is_bitwise_equal_in_reruns_and_orders_of_tiles(backend: Backend) -> None:
+    tiles, sizes = ALL_CASES["slots"]
+    p = problem(tiles, sizes, head_dim=128, dtype=BF16, device="cuda")
+    first = run(backend, p)
+    for again in (p, replace(p, tiles=tiles[::-1].copy())):
+        second = run(backend, again)
+        assert all(torch.equal(getattr(first, name), getattr(second, name)) for name in ("out", "lse"))
+
+
+def test_what_it_does_not_take(backend: Backend) -> None:
+    taken = Case("cuda", BF16, 128, 128, 8, 2)
+    assert backend.why_not(taken) is None
+    for change, words in (
+        ({"dtype": torch.float32}, "computes bf16 and fp16"),
+        ({"head_dim": 96, "value_dim": 96}, "takes head dimensions 64 and 128"),
+        ({"softcap": True}, "takes no soft-cap"),
+        ({"key_bias": True}, "takes no a bias for each key"),
+    ):
+        assert words in (backend.why_not(replace(taken, **change)) or "")

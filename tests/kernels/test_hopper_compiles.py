@@ -1,0 +1,90 @@
+"""The Gluon kernels compile for Hopper, on a machine without a GPU, and ptxas keeps their matrix products asynchronous."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import subprocess
+from collections.abc import Iterator
+from concurrent.futures import Executor, ProcessPoolExecutor
+from pathlib import Path
+
+import pytest
+
+from distattn.kernels.softmax import hopper_backend
+
+TRITON = pytest.importorskip("triton", reason="needs triton").__version__
+pytestmark = pytest.mark.skipif(
+    not TRITON.startswith(("3.6.", "3.7.")), reason=f"reads what ptxas says for Triton 3.6 and 3.7, not for {TRITON}"
+)
+
+MAX_SHARED_BYTES = 232448
+
+
+def compile_for_hopper(name: str, head_dim: int, whole: bool) -> tuple[int, str, str]:
+    """In a process of its own, without the interpreter: (bytes of shared memory, the kernel's PTX, what ptxas says)."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.experimental.gluon._runtime import GluonASTSource
+    from triton.experimental.gluon.language import NVMMASharedLayout, bfloat16
+
+    from distattn.kernels.softmax import hopper_backward, hopper_forward
+
+    kernel = getattr(hopper_forward if name == "forward" else hopper_backward, f"{name}_kernel")
+    if name == "forward":
+        block_q, block_k = hopper_backend.BLOCK_Q // 2, hopper_backend.BLOCK_K
+        constants = {"D": head_dim, "BLOCK_K": block_k, "STAGES": hopper_backend.FORWARD_STAGES, "WHOLE": whole}
+    else:
+        block_q, block_k = hopper_backend.BACKWARD_BLOCK_Q, hopper_backend.BACKWARD_BLOCK_K // 2
+        constants = {"D": head_dim, "STAGES": hopper_backend.BACKWARD_STAGES, "WHOLE": whole}
+    rows = {"q_desc": block_q, "k_desc": block_k, "v_desc": block_k, "do_desc": block_q}
+
+    def kind(argument: str) -> str:
+        if argument in rows:
+            block = [1, 1, rows[argument], head_dim]
+            return f"tensordesc<bf16{block},{NVMMASharedLayout.get_default_for(block, bfloat16)!r}>"
+        if argument in constants:
+            return "constexpr"
+        if argument in ("blocks", "ranges"):
+            return "*i32"
+        if argument in ("acc", "m", "l", "lse", "delta", "dq", "dk", "dv"):
+            return "*bf16" if argument in ("acc", "dk", "dv") and whole else "*fp32"
+        return "fp32" if argument.endswith("_scale") else "i32"
+
+    names = kernel.arg_names
+    signature = {name: kind(name) for name in names}
+    rounded = ("stride_a", "stride_d")
+    aligned = [i for i, name in enumerate(names) if signature[name].startswith("*") or name.startswith(rounded)]
+    attributes = {(i,): [["tt.divisibility", 16]] for i in aligned}
+    values = {(names.index(name),): value for name, value in constants.items()}
+    source = GluonASTSource(kernel, signature, values, attributes)
+    compiled = triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": 4})
+    ptxas = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "ptxas"
+    command = [ptxas, "-v", "-arch=sm_90a", "-o", os.devnull, "/dev/stdin"]
+    done = subprocess.run(command, input=compiled.asm["ptx"], capture_output=True, text=True, check=True)
+    return compiled.metadata.shared, compiled.asm["ptx"], done.stderr
+
+
+@pytest.fixture(scope="module")
+def compiler(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Executor]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.delenv("TRITON_INTERPRET", raising=False)
+        patch.setenv("TRITON_CACHE_DIR", str(tmp_path_factory.mktemp("triton")))
+        with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as executor:
+            executor.submit(os.getpid).result()
+            yield executor
+
+
+@pytest.mark.parametrize(
+    ("name", "head_dim", "whole"), [("forward", 128, True), ("forward", 64, False), ("backward", 128, False)]
+)
+def test_the_kernels_fit_and_overlap(name: str, head_dim: int, whole: bool, compiler: Executor) -> None:
+    shared, ptx, said = compiler.submit(compile_for_hopper, name, head_dim, whole).result()
+    assert 0 < shared <= MAX_SHARED_BYTES
+    assert "registers" in said
+    assert "serialized" not in said
+    # Roles with registers of their own, products that are in flight at once, and rows that come by TMA.
+    assert "setmaxnreg" in ptx
+    assert "wgmma.wait_group.sync.aligned 1" in ptx
+    assert "cp.async.bulk.tensor.4d" in ptx
+    assert "mma.sync.aligned.m16n8k16" not in ptx
