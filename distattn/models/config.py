@@ -7,6 +7,10 @@ from dataclasses import dataclass, field
 from distattn.errors import ConfigError
 
 ROPE_SCALINGS = ("none", "linear", "dynamic_ntk", "yarn", "llama3")
+SOFTMAX = "softmax"
+LINEAR_KINDS = ("linear", "lightning", "retention", "simple_gla", "gla", "delta", "gated_delta", "kda")
+GATE_RANK = 16
+"""Inner width of the projections that make one gate a key dimension (gla, kda)."""
 
 
 @dataclass(frozen=True)
@@ -53,13 +57,71 @@ class RopeConfig:
 
 
 @dataclass(frozen=True)
+class LinearConfig:
+    """Layers of linear attention, where ``model.layers`` has some.
+
+    num_heads: of queries and keys; num_value_heads: a multiple of it; head_dim, value_head_dim: of keys and of values.
+    conv_width: taps of the short convolution before the heads, 1 is none. output_gate: none, sigmoid or silu of a projection,
+    times the normalised output.
+    """
+
+    num_heads: int = 4
+    num_value_heads: int = 4
+    head_dim: int = 16
+    value_head_dim: int = 16
+    conv_width: int = 4
+    output_gate: str = "silu"
+
+    def validate(self) -> None:
+        """Raise ConfigError for the first value that cannot be used."""
+        for name in ("num_heads", "num_value_heads", "head_dim", "value_head_dim", "conv_width"):
+            _require(getattr(self, name) >= 1, f"model.linear.{name}", getattr(self, name), "at least 1")
+        if self.num_value_heads % self.num_heads:
+            raise ConfigError(
+                f"model.linear.num_value_heads is {self.num_value_heads}, but it must be a multiple of "
+                f"model.linear.num_heads = {self.num_heads}."
+            )
+        if self.output_gate not in ("none", "sigmoid", "silu"):
+            raise ConfigError(f"model.linear.output_gate is {self.output_gate!r}, but it must be none, sigmoid or silu.")
+
+    @property
+    def conv_channels(self) -> int:
+        """Channels of queries, keys and values together."""
+        return 2 * self.num_heads * self.head_dim + self.num_value_heads * self.value_head_dim
+
+    def matmul_parameters(self, kind: str, dim: int) -> int:
+        """Weights of one layer that are multiplied with each token."""
+        values = self.num_value_heads * self.value_head_dim
+        count = dim * self.conv_channels + values * dim + (0 if self.output_gate == "none" else dim * values)
+        if kind in ("gla", "kda"):
+            count += GATE_RANK * (dim + self.num_value_heads * self.head_dim)
+        if kind in ("simple_gla", "gated_delta"):
+            count += dim * self.num_value_heads
+        if kind in ("delta", "gated_delta", "kda"):
+            count += dim * self.num_value_heads
+        return count
+
+    def other_parameters(self, kind: str) -> int:
+        """Norm, convolution and rates of one layer."""
+        convolution = self.conv_channels * self.conv_width if self.conv_width > 1 else 0
+        rates = 2 * self.num_value_heads if kind in ("gated_delta", "kda") else 0
+        return self.value_head_dim + convolution + rates
+
+    def state_flops(self) -> int:
+        """Forward and backward FLOPs of a token and layer with the state: write and read it, at 2 a multiply-add, thrice."""
+        return 12 * self.num_value_heads * self.head_dim * self.value_head_dim
+
+
+@dataclass(frozen=True)
 class ModelConfig:
     """A pre-norm decoder: RMSNorm, RoPE, grouped-query attention, SwiGLU. The default widths are the quickstart's.
 
     dim is the width of the residual stream and ffn_dim that of the gated hidden layer. heads × head_dim need not equal
     dim. Linear layers have no biases. sliding_window: keys that a query sees at most, itself included, within its
     document; 0 is the whole document. (The plan's mask decides; this is for whoever makes the plan.) init_std: standard
-    deviation of the initial weights; see ``Decoder.init_weights`` for the ones that differ.
+    deviation of the initial weights; see ``Decoder.init_weights`` for the ones that differ. layers: the kinds of the layers,
+    separated by commas, ``kind*n`` for n in a row, repeated from the start until there are num_layers: softmax or a kind of
+    ``LINEAR_KINDS``. linear: the shape of the latter. attention_gate: softmax attention times the sigmoid of a projection.
     """
 
     vocab_size: int = 256
@@ -73,6 +135,9 @@ class ModelConfig:
     qk_norm: bool = False
     tie_embeddings: bool = True
     sliding_window: int = 0
+    layers: str = SOFTMAX
+    attention_gate: bool = False
+    linear: LinearConfig = field(default_factory=LinearConfig)
     init_std: float = 0.02
     rope: RopeConfig = field(default_factory=RopeConfig)
 
@@ -92,12 +157,34 @@ class ModelConfig:
         _require(self.sliding_window >= 0, "model.sliding_window", self.sliding_window, allowed)
         _require(self.init_std > 0, "model.init_std", self.init_std, "greater than 0")
         self.rope.validate(self.head_dim)
+        self.linear.validate()
+        _require(len(self.layer_kinds) == self.num_layers, "model.layers", repr(self.layers), "a pattern of layer kinds")
+
+    @property
+    def layer_kinds(self) -> list[str]:
+        """The kind of each layer. Raises ConfigError for a pattern that is none."""
+        pattern: list[str] = []
+        for item in self.layers.split(","):
+            kind, star, times = item.strip().partition("*")
+            if kind not in (SOFTMAX, *LINEAR_KINDS) or (star and not (times.isdecimal() and int(times))):
+                raise ConfigError(
+                    f"model.layers is {self.layers!r}, but it must be kinds, or kind*n, separated by commas, such as "
+                    f"gated_delta*3,softmax; the kinds are {', '.join((SOFTMAX, *LINEAR_KINDS))}."
+                )
+            pattern += [kind] * int(times or 1)
+        return [pattern[i % len(pattern)] for i in range(self.num_layers)]
+
+    @property
+    def num_softmax_layers(self) -> int:
+        return self.layer_kinds.count(SOFTMAX)
 
     def num_parameters(self) -> int:
         """Trainable parameters; tied embeddings are counted once."""
         embedding = self.vocab_size * self.dim
-        norms = self.num_layers * (2 * self.dim + (2 * self.head_dim if self.qk_norm else 0)) + self.dim
-        return self._block_matmul_parameters() + norms + embedding * (1 if self.tie_embeddings else 2)
+        norms = self.num_layers * 2 * self.dim + self.dim
+        norms += self.num_softmax_layers * (2 * self.head_dim if self.qk_norm else 0)
+        others = sum(self.linear.other_parameters(kind) for kind in self.layer_kinds if kind != SOFTMAX)
+        return self._block_matmul_parameters() + norms + others + embedding * (1 if self.tie_embeddings else 2)
 
     def attention_flops(self, mask_area: int) -> int:
         """Forward and backward attention FLOPs of all layers for ``mask_area`` allowed (query, key) pairs.
@@ -107,20 +194,23 @@ class ModelConfig:
         backward (then 2.5 times the forward) is not counted, nor is activation checkpointing. The area is exact, so
         causal masks and packed documents get no credit for pairs that they skip.
         """
-        return 12 * mask_area * self.num_heads * self.head_dim * self.num_layers
+        return 12 * mask_area * self.num_heads * self.head_dim * self.num_softmax_layers
 
     def flops_per_token(self, mask_area: int, num_tokens: int) -> float:
         """Mean training FLOPs (forward and backward) of a token in a stream of num_tokens under a mask of that area.
 
         6 · N + attention_flops(mask_area) / num_tokens, with N the weights that are multiplied: the output projection
-        counts (tied or not), the embedding look-up and the norms do not.
+        counts (tied or not), the embedding look-up and the norms do not. A linear layer adds 12 · value heads · K · V.
         """
         matmul_parameters = self._block_matmul_parameters() + self.vocab_size * self.dim
-        return 6.0 * matmul_parameters + self.attention_flops(mask_area) / max(num_tokens, 1)
+        states = (self.num_layers - self.num_softmax_layers) * self.linear.state_flops()
+        return 6.0 * matmul_parameters + states + self.attention_flops(mask_area) / max(num_tokens, 1)
 
     def _block_matmul_parameters(self) -> int:
-        attention = self.dim * self.head_dim * 2 * (self.num_heads + self.num_kv_heads)
-        return self.num_layers * (attention + 3 * self.dim * self.ffn_dim)
+        projections = 2 * (self.num_heads + self.num_kv_heads) + (self.num_heads if self.attention_gate else 0)
+        softmax = self.num_softmax_layers * self.dim * self.head_dim * projections
+        linear = sum(self.linear.matmul_parameters(kind, self.dim) for kind in self.layer_kinds if kind != SOFTMAX)
+        return softmax + linear + self.num_layers * 3 * self.dim * self.ffn_dim
 
 
 def _require(condition: bool, key: str, value: object, allowed: str) -> None:

@@ -1,4 +1,4 @@
-"""The decoder: pre-norm blocks of grouped-query attention and SwiGLU over this rank's tokens of a packed stream.
+"""The decoder: pre-norm blocks of grouped-query or linear attention and SwiGLU over this rank's tokens of a packed stream.
 
 x = embedding[tokens]
 x = x + O attention(rope(Q n(x)), rope(K n(x)), V n(x));  x = x + W_down (silu(W_gate n(x)) · W_up n(x))   for each block
@@ -14,6 +14,7 @@ import math
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -21,39 +22,15 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 
 from distattn.attention import attention
 from distattn.errors import InputError
-from distattn.models.config import ModelConfig
+from distattn.models.config import SOFTMAX, ModelConfig
+from distattn.models.layers import RMSNorm, StreamInfo, bare_linear
+from distattn.models.linear_mixer import LinearMixer
 from distattn.models.loss import chunked_cross_entropy, per_token_loss
-from distattn.models.rope import Rotation, apply_rotation, make_rotation
+from distattn.models.rope import apply_rotation, make_rotation
 from distattn.planning import Plan
 
 BlockRunner = Callable[..., Tensor]
 """``run(function, *args) -> function(*args)``, perhaps under activation checkpointing."""
-
-
-class StreamInfo:
-    """What each block needs to know of the token stream besides the hidden states.
-
-    A plain class: FSDP2 rebuilds the dataclasses that a block is called with, tensor by tensor, and a plan is not to be
-    rebuilt.
-    """
-
-    __slots__ = ("plan", "rotation")
-
-    def __init__(self, plan: Plan, rotation: Rotation) -> None:
-        self.plan = plan
-        self.rotation = rotation
-
-
-class RMSNorm(nn.Module):
-    """x / sqrt(mean(x²) + eps) · weight over the last dimension (arXiv 1910.07467), in fp32 for half-precision x."""
-
-    def __init__(self, dim: int, eps: float) -> None:
-        super().__init__()
-        self.eps = eps
-        self.weight = nn.Parameter(torch.ones(dim))
-
-    def forward(self, x: Tensor) -> Tensor:
-        return F.rms_norm(x, self.weight.shape, self.weight.to(x.dtype), self.eps)
 
 
 class Attention(nn.Module):
@@ -62,12 +39,13 @@ class Attention(nn.Module):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.head_dim = config.head_dim
-        self.q = _linear(config.dim, config.num_heads * config.head_dim)
-        self.k = _linear(config.dim, config.num_kv_heads * config.head_dim)
-        self.v = _linear(config.dim, config.num_kv_heads * config.head_dim)
-        self.o = _linear(config.num_heads * config.head_dim, config.dim)
+        self.q = bare_linear(config.dim, config.num_heads * config.head_dim)
+        self.k = bare_linear(config.dim, config.num_kv_heads * config.head_dim)
+        self.v = bare_linear(config.dim, config.num_kv_heads * config.head_dim)
+        self.o = bare_linear(config.num_heads * config.head_dim, config.dim)
         self.q_norm = RMSNorm(config.head_dim, config.norm_eps) if config.qk_norm else nn.Identity()
         self.k_norm = RMSNorm(config.head_dim, config.norm_eps) if config.qk_norm else nn.Identity()
+        self.gate = bare_linear(config.dim, config.num_heads * config.head_dim) if config.attention_gate else None
 
     def forward(self, x: Tensor, stream: StreamInfo) -> Tensor:
         heads = (*x.shape[:2], -1, self.head_dim)
@@ -75,7 +53,8 @@ class Attention(nn.Module):
         k = apply_rotation(self.k_norm(self.k(x).view(heads)), stream.rotation)
         out = attention(q, k, self.v(x).view(heads), stream.plan)
         assert isinstance(out, Tensor)
-        return self.o(out.flatten(2))
+        out = out.flatten(2)
+        return self.o(out if self.gate is None else out * self.gate(x).sigmoid())
 
 
 class FeedForward(nn.Module):
@@ -83,9 +62,9 @@ class FeedForward(nn.Module):
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
-        self.gate = _linear(config.dim, config.ffn_dim)
-        self.up = _linear(config.dim, config.ffn_dim)
-        self.down = _linear(config.ffn_dim, config.dim)
+        self.gate = bare_linear(config.dim, config.ffn_dim)
+        self.up = bare_linear(config.dim, config.ffn_dim)
+        self.down = bare_linear(config.ffn_dim, config.dim)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.down(F.silu(self.gate(x)) * self.up(x))
@@ -94,10 +73,10 @@ class FeedForward(nn.Module):
 class Block(nn.Module):
     """One layer: hidden [B, T_local, dim] to the same."""
 
-    def __init__(self, config: ModelConfig) -> None:
+    def __init__(self, config: ModelConfig, index: int, kind: str) -> None:
         super().__init__()
         self.attention_norm = RMSNorm(config.dim, config.norm_eps)
-        self.attention = Attention(config)
+        self.attention = Attention(config) if kind == SOFTMAX else LinearMixer(config, index, kind)
         self.feed_forward_norm = RMSNorm(config.dim, config.norm_eps)
         self.feed_forward = FeedForward(config)
         self.run: BlockRunner = _run_plainly
@@ -126,9 +105,9 @@ class Decoder(nn.Module):
         config.validate()
         self.config = config
         self.embedding = nn.Embedding(config.vocab_size, config.dim, _weight=torch.empty(config.vocab_size, config.dim))
-        self.blocks = nn.ModuleList(Block(config) for _ in range(config.num_layers))
+        self.blocks = nn.ModuleList(Block(config, i, kind) for i, kind in enumerate(config.layer_kinds))
         self.norm = RMSNorm(config.dim, config.norm_eps)
-        self.output = None if config.tie_embeddings else _linear(config.dim, config.vocab_size)
+        self.output = None if config.tie_embeddings else bare_linear(config.dim, config.vocab_size)
         if not self.embedding.weight.is_meta:
             self.init_weights(seed)
 
@@ -149,10 +128,16 @@ class Decoder(nn.Module):
                 "[B, T_local], and [B, T_local] or [T_local]."
             )
         x = self.embedding(tokens)
-        stream = StreamInfo(plan, make_rotation(self.config.rope, self.config.head_dim, positions, x.dtype))
+        stream = StreamInfo(
+            plan, make_rotation(self.config.rope, self.config.head_dim, positions, x.dtype), self._documents(plan)
+        )
         for block in self.blocks:
             x = block(x, stream)
         return self.norm(x)
+
+    def _documents(self, plan: Plan) -> np.ndarray | None:
+        """Where documents begin, for linear layers; from the mask, which keeps them apart."""
+        return plan.mask.segments() if self.config.num_softmax_layers < self.config.num_layers else None
 
     def loss(
         self, tokens: Tensor, positions: Tensor, labels: Tensor, plan: Plan, *, chunk_tokens: int = 1024
@@ -203,6 +188,8 @@ class Decoder(nn.Module):
             return 0.0
         if name == "embedding.weight" and self.output is not None:
             return 1.0
+        if name.endswith("convolution.weight"):
+            return self.config.linear.conv_width**-0.5
         if name.endswith(("attention.o.weight", "feed_forward.down.weight")):
             return self.config.init_std / math.sqrt(2 * self.config.num_layers)
         return self.config.init_std
@@ -216,13 +203,6 @@ def _assign(parameter: nn.Parameter, whole: Tensor) -> None:
         parameter.to_local().copy_(shard.to_local())
     else:
         parameter.copy_(whole)
-
-
-def _linear(inputs: int, outputs: int) -> nn.Linear:
-    """Without bias, left uninitialised: ``Decoder.init_weights`` draws all weights."""
-    layer = nn.utils.skip_init(nn.Linear, inputs, outputs, bias=False, device=torch.get_default_device())
-    assert isinstance(layer, nn.Linear)
-    return layer
 
 
 def _run_plainly(function: Callable[..., Tensor], *args: Any) -> Tensor:
