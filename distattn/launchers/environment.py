@@ -12,6 +12,8 @@ import torch.distributed as dist
 from distattn.errors import ConfigError
 
 STORE_VARIABLE = "DISTATTN_STORE"
+PREPARED_VARIABLE = "DISTATTN_PREPARED"
+"""Set where the process that started the ranks has checked the run and holds its lock."""
 
 
 def joined_by_environment(env: Mapping[str, str] | None = None) -> bool:
@@ -48,6 +50,8 @@ def init_from_environment(device_type: str = "cpu", *, timeout_s: float = 600.0)
                 f"torchrun sets them), or {STORE_VARIABLE}, a file that they share; unset RANK and WORLD_SIZE to start "
                 "ranks here"
             )
+    # Transfers start beside kernels that fill the device only if they come first where blocks are placed.
+    os.environ.setdefault("TORCH_NCCL_HIGH_PRIORITY", "1")
     dist.init_process_group(
         "gloo" if device is None else "cpu:gloo,cuda:nccl",
         store=dist.FileStore(path, world) if path else None,

@@ -31,6 +31,7 @@ from torch import Tensor
 from distattn.errors import CheckpointError
 from distattn.training.atomic_file import sync_folder
 from distattn.training.checkpoint_format import (
+    MANIFEST,
     CheckpointReader,
     FileRecord,
     published_steps,
@@ -40,6 +41,7 @@ from distattn.training.checkpoint_format import (
 )
 from distattn.training.checkpoint_parts import Part, part_of, short_digest
 from distattn.training.checkpoint_ranks import CheckpointRanks
+from distattn.training.patience import NO_SPACE, error_number, patiently
 
 __all__ = ["CheckpointManager", "CheckpointReader", "Restored", "published_steps"]
 
@@ -47,7 +49,6 @@ logger = logging.getLogger(__name__)
 
 _LEFTOVER = re.compile(r"step-\d+\.(tmp|removed|replaced)")
 _VERDICT_S = 30.0
-_NO_SPACE = (errno.ENOSPC, errno.EDQUOT)
 
 
 @dataclass(frozen=True)
@@ -68,8 +69,9 @@ class CheckpointManager:
 
     directory: where step-N folders go, on a file system that all ranks see. rank, world: of ``group`` (None: the
     default process group; one rank needs none). keep: newest checkpoints that survive. timeout_s: how long a background
-    write waits for the other ranks. read_only: for those who look at a run that may be training: nothing is cleaned up,
-    and save is refused. Making, saving and loading are collective.
+    write waits for the other ranks. patience_s: how long it waits for a file system that has vanished. read_only: for those
+    who look at a run that may be training: nothing is cleaned up, and save is refused. Making, saving and loading are
+    collective.
     """
 
     def __init__(
@@ -81,18 +83,22 @@ class CheckpointManager:
         keep: int = 3,
         group: dist.ProcessGroup | None = None,
         timeout_s: float = 600.0,
+        patience_s: float = 0.0,
         read_only: bool = False,
     ) -> None:
         if keep < 1:
             raise CheckpointError(f"keep is {keep}, and at least 1 checkpoint must be kept")
         self.directory = Path(directory)
         self._keep, self._timeout_s, self._read_only = keep, timeout_s, read_only
+        self._patience_s = patience_s
         self._distrusted: set[int] = set()
         self._buffers: dict[str, Tensor] = {}
         self._thread: threading.Thread | None = None
         self._failure: CheckpointError | None = None
         self._num_saves = 0
         if rank == 0 and not read_only:
+            # Only here: a folder that vanishes later must not be made anew in the place of the one that comes back.
+            self.directory.mkdir(parents=True, exist_ok=True)
             _remove_leftovers(self.directory)
         # Its exchange between ranks also keeps them from writing before rank 0 has cleaned up.
         self._ranks = CheckpointRanks(rank, world, group)
@@ -250,26 +256,36 @@ class CheckpointManager:
 
     def _write_share(self, step: int, parts: list[Part]) -> dict[str, Any]:
         num_bytes = sum(part.values.nbytes for part in parts)
-        try:
+
+        def write() -> dict[str, FileRecord]:
             folder = _temporary(self.directory, step)
-            folder.mkdir(parents=True, exist_ok=True)
+            folder.mkdir(exist_ok=True)
             if shutil.disk_usage(folder).free < num_bytes:
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-            files = write_shard(folder, self._ranks.rank, self._ranks.world, parts) if parts else {}
+            return write_shard(folder, self._ranks.rank, self._ranks.world, parts) if parts else {}
+
+        try:
+            files = patiently(write, f"rank {self._ranks.rank}'s share of step {step}", patience_s=self._patience_s)
             return {"files": {name: [record.num_bytes, record.digest] for name, record in files.items()}}
         except (OSError, SafetensorError) as error:
             return {"error": f"rank {self._ranks.rank}: {_reason(error, self.directory, num_bytes)}"}
 
     def _publish(self, step: int, turn: int, meta: dict[str, Any]) -> dict[str, Any]:
         """On rank 0: the verdict on this save."""
-        temporary = _temporary(self.directory, step)
+        temporary, final = _temporary(self.directory, step), step_folder(self.directory, step)
         try:
             reports = self._ranks.collect([f"{turn}/rank {rank}" for rank in range(self._ranks.world)], self._timeout_s)
             errors = [report["error"] for report in reports if "error" in report]
             if not errors:
                 files = {name: FileRecord(*row) for report in reports for name, row in report["files"].items()}
-                write_manifest(temporary, step, meta, files)
-                _rename_into_place(temporary, step_folder(self.directory, step))
+
+                def publish() -> None:
+                    if not temporary.exists() and _is_published(final):
+                        return  # an earlier try got as far as the rename
+                    write_manifest(temporary, step, meta, files)
+                    _rename_into_place(temporary, final)
+
+                patiently(publish, f"the checkpoint of step {step}", patience_s=self._patience_s)
         except TimeoutError as error:
             missing = str(error).replace(f"{turn}/", "")
             errors = [f"these ranks did not finish within {self._timeout_s:.0f} seconds: {missing}"]
@@ -303,6 +319,10 @@ def _temporary(directory: Path, step: int) -> Path:
     return directory / f"step-{step}.tmp"
 
 
+def _is_published(final: Path) -> bool:
+    return (final / MANIFEST).exists()
+
+
 def _rename_into_place(temporary: Path, final: Path) -> None:
     replaced = final.with_suffix(".replaced")
     if final.exists():
@@ -325,9 +345,7 @@ def _remove_leftovers(directory: Path) -> None:
 
 
 def _reason(error: Exception, directory: Path, needed: int) -> str:
-    # safetensors reports the system's error in words only.
-    full = getattr(error, "errno", None) in _NO_SPACE or any(f"(os error {code})" in str(error) for code in _NO_SPACE)
-    if not full:
+    if error_number(error) not in NO_SPACE:
         return f"{type(error).__name__}: {error}"
     size = f" ({needed / 1e9:.3g} GB to write)" if needed else ""
     return f"no space is left on the disk of {directory}{size}: free some, or lower checkpoint.keep"

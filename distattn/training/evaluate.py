@@ -7,6 +7,7 @@ has made no use of its context.
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from distattn.models import Decoder
 from distattn.training.atomic_file import replace_text
 from distattn.training.batches import make_batch
 from distattn.training.mesh import Mesh
+from distattn.training.patience import patiently
 
 
 @dataclass(frozen=True)
@@ -47,15 +49,16 @@ class Evaluation:
 class EvaluationLog:
     """``evaluations.json`` of a run: all evaluations, oldest first. Those after ``resume_step`` are dropped at the start."""
 
-    def __init__(self, folder: Path, resume_step: int) -> None:
-        self._path = folder / "evaluations.json"
+    def __init__(self, folder: Path, resume_step: int, *, patience_s: float = 0.0) -> None:
+        self._path, self._patience_s = folder / "evaluations.json", patience_s
         written = json.loads(self._path.read_text(encoding="utf-8")) if self._path.exists() else []
         self.records: list[dict[str, Any]] = [record for record in written if record["step"] <= resume_step]
 
     def append(self, evaluation: Evaluation) -> None:
         """Add one, in place of an earlier one of the same step."""
         self.records = [record for record in self.records if record["step"] != evaluation.step] + [asdict(evaluation)]
-        replace_text(self._path, json.dumps(self.records, indent=1) + "\n")
+        text = json.dumps(self.records, indent=1) + "\n"
+        patiently(lambda: replace_text(self._path, text), str(self._path), patience_s=self._patience_s)
 
 
 def held_out_sequences(config: Config, cache: TokenCache) -> list[PackedSequence]:
@@ -73,15 +76,24 @@ def position_edges(seq_len: int, bins: int) -> np.ndarray:
     return np.unique(np.concatenate([[0], edges]))
 
 
-def evaluate(model: Decoder, config: Config, mesh: Mesh, sequences: list[PackedSequence], step: int) -> Evaluation:
+def evaluate(
+    model: Decoder,
+    config: Config,
+    mesh: Mesh,
+    sequences: list[PackedSequence],
+    step: int,
+    *,
+    beat: Callable[[str], None] = lambda doing: None,
+) -> Evaluation:
     """The model's loss on these sequences, dealt to the data ranks; the same on every rank. Collective.
 
-    bigram_loss is left for the caller, who computes it once a run.
+    bigram_loss is left for the caller, who computes it once a run. beat: told of every sequence before it is computed.
     """
     edges = position_edges(max(s.seq_len for s in sequences), config.eval.position_bins)
     inner = torch.from_numpy(edges[1:-1])
     sums = torch.zeros(2, len(edges) - 1, dtype=torch.float64)
     for first in range(0, len(sequences), mesh.data):
+        beat(f"step {step}, evaluation of held-out sequence {first + 1} of {len(sequences)}")
         # Every rank joins in every forward, whose weights are gathered from all; what is over counts for nothing.
         mine = first + mesh.data_rank
         batch = make_batch(config, mesh, sequences[min(mine, len(sequences) - 1)])

@@ -77,6 +77,18 @@ def _divide_batch(config: Config, ranks: Ranks) -> Ranks:
     return ranks
 
 
+def node_counts(config: Config, nodes: int, ranks_per_node: int) -> tuple[int, ...]:
+    """Numbers of nodes, ``nodes`` and fewer, largest first, on which the run computes the same steps: the global batch is
+    dealt to the data ranks that there are. One number alone where ``parallel.data`` fixes it."""
+    context, data, batch = config.parallel.context, config.parallel.data, config.train.global_batch
+    counts = []
+    for count in range(nodes, 0, -1):
+        groups, rest = divmod(count * ranks_per_node, context)
+        if groups and not rest and batch % groups == 0 and data in (0, groups):
+            counts.append(count)
+    return tuple(counts)
+
+
 def check_heads(config: Config, ranks: Ranks) -> None:
     """The strategy can split the model's heads over the context ranks."""
     strategy = config.parallel.strategy

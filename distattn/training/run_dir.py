@@ -6,11 +6,13 @@ RUN_DIR/evaluations.json losses on held-out text
 RUN_DIR/loss.png         drawn when the last step is done
 RUN_DIR/checkpoints/     step-N folders
 RUN_DIR/logs/            rank-R.log
+RUN_DIR/attempts.jsonl   starts and failures of its ranks
 RUN_DIR/finished.json    present when the last step was done
 """
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import fcntl
 import json
@@ -28,6 +30,7 @@ import yaml
 
 from distattn.errors import ConfigError
 from distattn.training.atomic_file import replace_text
+from distattn.training.patience import patiently
 
 __all__ = ["MetricsLog", "RunDir", "RunLock", "read_lines"]
 
@@ -63,8 +66,8 @@ class RunLock:
 class MetricsLog:
     """A file of JSON records, one a line, each with its step; each is one write, so that a kill leaves whole lines."""
 
-    def __init__(self, path: Path, resume_step: int = 0) -> None:
-        """Open ``path`` for the steps after ``resume_step``.
+    def __init__(self, path: Path, resume_step: int = 0, *, patience_s: float = 0.0) -> None:
+        """Open ``path`` for the steps after ``resume_step``. patience_s: how long a vanished file system is waited for.
 
         What an interrupted run wrote beyond that step, or left half-written, is removed: no step is counted twice.
         """
@@ -72,18 +75,42 @@ class MetricsLog:
         kept = [line for line in lines if (record := _record(line)) and record["step"] <= resume_step]
         if kept != lines:
             replace_text(path, b"".join(kept).decode("utf-8"))
-        self._descriptor = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o666)
+        self._path, self._patience_s = path, patience_s
+        self._descriptor = self._open()
 
     def append(self, record: Mapping[str, Any]) -> None:
-        """Add one line; numbers that JSON has no word for (NaN, infinities) become null. ``record`` has a "step"."""
+        """Add one line; numbers that JSON has no word for (NaN, infinities) become null. ``record`` has a "step".
+
+        OSError, with the path, where the disk is full or stays out of reach; half a line is dropped when the run resumes.
+        """
         finite = {key: None if _is_not_finite(value) else value for key, value in record.items()}
-        line = json.dumps(finite, ensure_ascii=False, allow_nan=False) + "\n"
-        os.write(self._descriptor, line.encode("utf-8"))
+        line = (json.dumps(finite, ensure_ascii=False, allow_nan=False) + "\n").encode("utf-8")
+        left = line
+
+        def write() -> None:
+            nonlocal left
+            if self._descriptor < 0:
+                self._descriptor = self._open()
+            try:
+                while left:
+                    left = left[os.write(self._descriptor, left) :]
+            except OSError:
+                self.close()  # a server that comes back may not know the old descriptor
+                raise
+
+        try:
+            patiently(write, str(self._path), patience_s=self._patience_s)
+        except OSError as error:
+            raise OSError(error.errno, os.strerror(error.errno or 0), str(self._path)) from error
 
     def close(self) -> None:
         if self._descriptor >= 0:
-            os.close(self._descriptor)
+            with contextlib.suppress(OSError):  # a late error of a server that is gone
+                os.close(self._descriptor)
             self._descriptor = -1
+
+    def _open(self) -> int:
+        return os.open(self._path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o666)
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
@@ -188,9 +215,9 @@ class RunDir:
     def mark_finished(self, step: int) -> None:
         replace_text(self._finished_path, json.dumps({"step": step}) + "\n")
 
-    def metrics(self, resume_step: int = 0) -> MetricsLog:
+    def metrics(self, resume_step: int = 0, *, patience_s: float = 0.0) -> MetricsLog:
         """Open metrics.jsonl for the steps after ``resume_step``."""
-        return MetricsLog(self.metrics_path, resume_step)
+        return MetricsLog(self.metrics_path, resume_step, patience_s=patience_s)
 
     def read_metrics(self) -> list[dict[str, Any]]:
         """The records of metrics.jsonl."""

@@ -20,10 +20,14 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+import torch.distributed as dist
 
 from distattn.config import Config
 from distattn.data import PackedStream, TokenCache, bigram_loss
 from distattn.errors import DataError, TrainingError
+from distattn.launchers.supervise import HANG, Failure, Journal
+from distattn.launchers.watchdog import Watchdog
+from distattn.parallel.agreement import current_waits
 from distattn.training.batches import MicroBatch, make_batch, make_plan, step_indices
 from distattn.training.checkpoint import CheckpointManager
 from distattn.training.evaluate import EvaluationLog, evaluate, held_out_sequences
@@ -97,6 +101,16 @@ class Trainer:
             world=mesh.world,
             keep=config.checkpoint.keep,
             timeout_s=config.train.timeout_seconds,
+            patience_s=config.run.storage_patience_seconds,
+        )
+        self.journal = Journal(run.path)
+        self.watchdog = Watchdog(
+            config.train.hang_seconds,
+            rank=mesh.rank,
+            world=mesh.world,
+            store=dist.distributed_c10d._get_default_store() if mesh.world > 1 else None,
+            waits=current_waits,
+            report=self._note_hang,
         )
         self._require_same_data()
         self.remarks: list[str] = []
@@ -106,21 +120,22 @@ class Trainer:
 
     def run(self) -> bool:
         """Train to the last step, evaluate and draw; False if it was stopped before, with a checkpoint of where it was."""
-        leads = self.mesh.rank == 0
-        self.metrics = self.run_dir.metrics(self.step) if leads else None
-        self.evaluations = EvaluationLog(self.run_dir.path, self.step) if leads else None
+        leads, patience_s = self.mesh.rank == 0, self.config.run.storage_patience_seconds
+        self.metrics = self.run_dir.metrics(self.step, patience_s=patience_s) if leads else None
+        self.evaluations = EvaluationLog(self.run_dir.path, self.step, patience_s=patience_s) if leads else None
         self.reporter = Reporter(
             self.config.train.steps, self.step, interval_seconds=self.config.log.interval_seconds, quiet=not leads
         )
         try:
-            return self._run()
+            with self.watchdog:
+                return self._run()
         finally:
             self.reporter.close()
             if self.metrics is not None:
                 self.metrics.close()
 
     def _run(self) -> bool:
-        config = self.config
+        config, beat = self.config, self.watchdog.beat
         self._introduce()
         while self.step < config.train.steps:
             step = self.step + 1
@@ -131,6 +146,7 @@ class Trainer:
                 self.reporter.say(f"stopped after step {self.step}, which is saved: the same command goes on from there")
                 return False
             # The write overlaps one step and no more, so that a kill never costs more steps than the interval has.
+            beat(f"step {step}, end of an earlier checkpoint's write")
             self.checkpoints.wait()
             self.step = step
             if self.metrics is not None:
@@ -142,8 +158,10 @@ class Trainer:
             if last or step % config.checkpoint.interval == 0:
                 self._save()
         # The final checkpoint is safe before anything else may fail.
+        beat("end of the last checkpoint's write")
         self.checkpoints.close()
         self._evaluate()
+        beat("end of the run")
         self._finish()
         return True
 
@@ -151,20 +169,24 @@ class Trainer:
 
     def _train_step(self, step: int) -> dict[str, Any] | None:
         """Update the parameters once; the step's line of metrics.jsonl, or None if the ranks agreed to stop before it."""
-        config, mesh = self.config, self.mesh
+        config, mesh, beat = self.config, self.mesh, self.watchdog.beat
         began = time.perf_counter()
+        beat(f"step {step}, reading its sequences")
         indices = step_indices(step, config.train.global_batch, mesh)
         batches = [make_batch(config, mesh, self.stream.sequence(i)) for i in indices]
         agreed = self._agree(batches)
         if agreed.stop:
             return None
         loss_sum = torch.zeros((), dtype=torch.float64, device=mesh.device)
-        for batch in batches:
+        for number, batch in enumerate(batches, 1):
+            beat(f"step {step}, forward of sequence {number} of {len(batches)}")
             loss, _ = self.model.loss(
                 batch.tokens, batch.positions, batch.labels, batch.plan, chunk_tokens=config.train.loss_chunk_tokens
             )
+            beat(f"step {step}, backward of sequence {number} of {len(batches)}")
             (loss / agreed.num_labels).backward()
             loss_sum += loss.detach().double()
+        beat(f"step {step}, sums over all ranks and the update")
         sums = torch.stack([loss_sum, gradient_square_sum(self.parameters, mesh.device)])
         loss_sum, square_sum = mesh.sum(sums).tolist()
         loss, norm = loss_sum / agreed.num_labels, math.sqrt(square_sum)
@@ -210,6 +232,9 @@ class Trainer:
             "the data of that step."
         )
 
+    def _note_hang(self, summary: str) -> None:
+        self.journal.failed(Failure(self.step + 1, HANG, summary, self.mesh.rank))
+
     # --- checkpoints -------------------------------------------------------------------------------------------------
 
     def _save(self) -> None:
@@ -221,6 +246,7 @@ class Trainer:
             "vocab_size": self.cache.vocab_size,
             "ranks": self.mesh.world,
         }
+        self.watchdog.beat(f"step {self.step}, copy for its checkpoint")
         self.checkpoints.save(self.step, self.tensors, meta)
         self.saved_step = self.step
 
@@ -247,7 +273,7 @@ class Trainer:
     # --- evaluation and the end --------------------------------------------------------------------------------------
 
     def _evaluate(self) -> None:
-        result = evaluate(self.model, self.config, self.mesh, self.held_out, self.step)
+        result = evaluate(self.model, self.config, self.mesh, self.held_out, self.step, beat=self.watchdog.beat)
         if self.evaluations is not None:
             if self.bigram is None:
                 self.bigram = bigram_loss(self.cache, self.held_out, log=self.reporter.say)
