@@ -1,0 +1,1 @@
+"""What ``distattn bench`` measures; a module a question, imported only when it runs."""

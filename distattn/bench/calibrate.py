@@ -1,0 +1,196 @@
+"""Measure this machine, so that choices and predictions rest on it: ``distattn bench calibrate``.
+
+    distattn bench calibrate --only kernels          seconds of each attention kernel by launches, rows, steps and blocks
+
+Kernels: each backend is timed on masks whose launches, rows and blocks differ; the numbers of a ``KernelRate`` are the
+non-negative ones that fit these times with the least relative error. The result goes where ``distattn`` looks for it, and
+with --json also elsewhere, with the times.
+"""
+
+from __future__ import annotations
+
+import gc
+import itertools
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+import numpy as np
+import torch
+import typer
+
+from distattn.bench.engines import Cell, Problem, first_call, tiles_of
+from distattn.bench.options import head_pairs, positive_integers
+from distattn.bench.record import Record, environment
+from distattn.bench.timing import CellTimeoutError, limit, median_ms
+from distattn.calibration import Calibration, KernelRate, calibration_path, load_calibration
+from distattn.errors import ConfigError, UnsupportedError
+from distattn.kernels import BACKENDS
+from distattn.kernels.workload import NOTHING, Work, work_of
+
+MASKS = (
+    "causal", "full", "causal_document", "full_document", "sliding_window", "sliding_window_causal",
+    "block_causal_document", "global_sliding_window", "share_question", "prefix_lm_document",
+)  # fmt: skip
+CELL_SECONDS = 60
+FEW_LAUNCHES = 4
+HOST_BOUND = 1.1
+"""A cell of many launches that takes this much longer than its work says waits for the host."""
+
+app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+
+
+@app.command()
+def main(
+    only: Annotated[str, typer.Option(help="kernels or links; default both")] = "",
+    json_path: Annotated[Path | None, typer.Option("--json", help="also write every time measured; resumed from there")] = None,
+    output: Annotated[Path | None, typer.Option(help="the calibration, in place of where distattn looks for it")] = None,
+    lengths: Annotated[str, typer.Option(help="tokens of the kernels' cells, comma-separated")] = "4096,32768",
+    heads: Annotated[str, typer.Option(help="query:KV heads, comma-separated")] = "32:4,16:16",
+    head_dims: Annotated[str, typer.Option(help="comma-separated")] = "128,64",
+    seconds: Annotated[float, typer.Option(help="of repeats for each time; at least three repeats")] = 0.05,
+    commit: Annotated[str, typer.Option(help="where the checkout is no git repository")] = "",
+) -> None:
+    """Measure kernels and links of this machine, and keep the result for `kernel=auto` and `distattn plan`."""
+    if only not in ("", "kernels", "links"):
+        raise ConfigError(f"--only={only!r} is unknown; it may be kernels or links")
+    here = environment(commit)
+    device = str(here["device"])
+    target = output or calibration_path(device)
+    before = load_calibration(target) or Calibration(device)
+    found = before.updated(device=device, versions=_versions(here), commit=str(here["commit"]))
+    if only in ("", "kernels"):
+        record = Record(json_path, here) if json_path else None
+        cells = [
+            Cell(mask, length, *pair, head_dim)
+            for head_dim in positive_integers("head-dims", head_dims)
+            for pair in head_pairs("heads", heads)
+            for length in positive_integers("lengths", lengths)
+            for mask in MASKS
+        ]
+        rates = calibrate_kernels(cells, seconds=seconds, record=record)
+        widths = {x.head_dim for x in rates}
+        kept = [x for x in before.kernels if x.head_dim not in widths and before.versions == found.versions]
+        found = found.updated(kernels=(*rates, *kept))
+        print(_table(found.kernels))
+    if only in ("", "links"):
+        from distattn.bench.calibrate_links import calibrate_links
+
+        found = found.updated(links=calibrate_links())
+    print(f"written to {found.save(target)}")
+
+
+def calibrate_kernels(cells: Sequence[Cell], *, seconds: float, record: Record | None = None) -> tuple[KernelRate, ...]:
+    """Rates of every backend that runs here, but for the slow reference. Raises UnsupportedError where none does."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    times: dict[tuple[str, int], list[tuple[dict[str, Work], float, float]]] = {}
+    for cell, name in itertools.product(cells, BACKENDS):
+        key = f"{cell.key}|{name}"
+        entry = record.results[key] if record is not None and key in record else _times(name, cell, device, seconds)
+        if record is not None and key not in record:
+            record.add(key, entry)
+        if "not_run" not in entry:
+            work = work_of(name, [tiles_of(cell)[0]])
+            times.setdefault((name, cell.head_dim), []).append((work, entry["forward_ms"], entry["backward_ms"]))
+    if not times:
+        raise UnsupportedError("no kernel could be measured: `distattn doctor` says which run here, and why the others do not")
+    return fit_all(times)
+
+
+def fit_all(times: dict[tuple[str, int], list[tuple[dict[str, Work], float, float]]]) -> tuple[KernelRate, ...]:
+    """Rates from times: (backend, head_dim) → (work by kernel, forward ms, backward ms) of each cell.
+
+    A backend that leaves cells to another's kernel is fitted on those that it computes all by itself.
+    """
+    rates = []
+    for (name, head_dim), cells in sorted(times.items()):
+        own = [
+            (work[name], *ms)
+            for work, *ms in cells
+            if work.get(name, NOTHING).launches and not any(w.launches for kernel, w in work.items() if kernel != name)
+        ]
+        for backward in (False, True):
+            if own:
+                amounts = np.array([work.terms(backward=backward) for work, *_ in own])
+                seconds = np.array([ms[backward] for _, *ms in own]) / 1e3
+                numbers, error = fit(amounts, seconds)
+                rates.append(KernelRate(name, backward, head_dim, *numbers, error=error))
+    return tuple(rates)
+
+
+def fit(amounts: np.ndarray, seconds: np.ndarray) -> tuple[list[float], float]:
+    """The numbers of a ``KernelRate``, from amounts [n, 6] (``Work.terms``) and seconds
+    [n]; and their largest error.
+
+    Cells of few launches give the device's numbers. Cells of many that take longer than these say wait for the host, and give
+    its time for a launch; all others then give the device's numbers once more.
+    """
+    calls, launches = amounts[:, 0], amounts[:, 1]
+    device = np.delete(amounts, 1, axis=1)
+    many = launches > FEW_LAUNCHES * calls
+    numbers = non_negative_fit(device[~many], seconds[~many]) if (~many).any() else np.zeros(device.shape[1])
+    waiting = many & (seconds > HOST_BOUND * (device @ numbers))
+    launch_s = float(np.median((seconds - calls * numbers[0])[waiting] / launches[waiting])) if waiting.any() else 0.0
+    if (~waiting).any():
+        numbers = non_negative_fit(device[~waiting], seconds[~waiting])
+    call_s, *rest = numbers.tolist()
+    predicted = calls * call_s + np.maximum(launches * launch_s, device[:, 1:] @ numbers[1:])
+    return [call_s, launch_s, *rest], float(np.abs(predicted / seconds - 1).max())
+
+
+def non_negative_fit(amounts: np.ndarray, seconds: np.ndarray) -> np.ndarray:
+    """Non-negative x that bring amounts [n, c] · x nearest to seconds [n], by relative error.
+
+    Few columns have few supports, and the best non-negative solution is the least-squares one on some support.
+    """
+    rows = amounts / seconds[:, None]
+    size = np.maximum(np.abs(rows).max(0), 1e-300)  # columns of like size, so that the solutions are accurate
+    best, least = np.zeros(rows.shape[1]), np.inf
+    for support in itertools.product((False, True), repeat=rows.shape[1]):
+        columns = np.flatnonzero(support)
+        if not len(columns):
+            continue
+        solution = np.linalg.lstsq(rows[:, columns] / size[columns], np.ones(len(rows)), rcond=None)[0]
+        misfit = float(np.square(rows[:, columns] / size[columns] @ solution - 1).sum())
+        if (solution >= 0).all() and misfit < least:
+            best, least = np.zeros(rows.shape[1]), misfit
+            best[columns] = solution / size[columns]
+    return best
+
+
+def _times(name: str, cell: Cell, device: str, seconds: float) -> dict[str, Any]:
+    try:
+        if name == "reference":
+            raise UnsupportedError("reference is never chosen for its speed")
+        with limit(CELL_SECONDS):
+            x = Problem.make(cell, device)
+            timed, _ = first_call(name, x)
+            entry = {
+                "forward_ms": median_ms(timed.forward, seconds, device),
+                "backward_ms": median_ms(timed.backward, seconds, device),
+            }
+            del timed, x
+    except (UnsupportedError, CellTimeoutError) as error:
+        return {"not_run": str(error)}
+    except torch.AcceleratorError:  # nothing runs on the device after it
+        raise
+    except Exception as error:  # whatever is wrong with one kernel, the others have their rates
+        return {"not_run": f"{type(error).__name__}: {str(error)[:200]}"}
+    gc.collect()
+    return entry
+
+
+def _versions(here: dict[str, str | None]) -> dict[str, str | None]:
+    return {name: text for name, text in here.items() if name not in ("device", "commit", "num_devices")}
+
+
+def _table(rates: Sequence[KernelRate]) -> str:
+    titles = ("call µs", "launch µs", "row ns", "step µs", "TFLOP/s", "cut", "worst fit")
+    lines = [f"{'kernel':28s}" + "".join(f"{title:>11s}" for title in titles)]
+    for x in rates:
+        flops = (10 if x.backward else 4) * x.head_dim
+        whole, cut = (f"{flops / s / 1e12:.0f}" if s else "–" for s in (x.pair_s, x.cut_pair_s))
+        name = f"{x.backend} D{x.head_dim} {'backward' if x.backward else 'forward'}"
+        times = "".join(f"{s:11.2f}" for s in (x.call_s * 1e6, x.launch_s * 1e6, x.row_s * 1e9, x.step_s * 1e6))
+        lines.append(f"{name:28s}{times}{whole:>11s}{cut:>11s}{x.error:>11.1%}")
+    return "\n".join(lines)

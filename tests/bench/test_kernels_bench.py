@@ -1,0 +1,190 @@
+"""``distattn bench kernels`` and ``calibrate``: masks against their predicates, and the commands at a tiny size on the CPU."""
+
+from __future__ import annotations
+
+import json
+import signal
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+import distattn
+from distattn.bench import calibrate, kernels, timing
+from distattn.bench.engines import MASKS, SEED, Cell, Problem, tiles_of
+from distattn.bench.masks import LONGCA_BLOCK_PATTERNS, LONGCA_MASKS
+from distattn.bench.predicates import block_predicate, predicate
+from distattn.bench.record import Record
+from distattn.calibration import load_calibration
+from distattn.cli.bench import bench
+from distattn.errors import ConfigError
+from tests.kernels.oracle import visible
+
+HERE: dict[str, str | None] = {"device": "cpu", "commit": "a", "torch": "b"}
+
+
+def allowed(mask_mod: Any, tokens: int, heads: int) -> np.ndarray:
+    """A predicate as booleans [heads, tokens, tokens]."""
+    i, j = torch.arange(tokens)[:, None], torch.arange(tokens)[None, :]
+    zero = torch.zeros((), dtype=torch.long)
+    every = torch.ones(tokens, tokens, dtype=torch.bool)
+    return np.stack([(mask_mod(zero, torch.tensor(h), i, j) & every).numpy() for h in range(heads)])
+
+
+@pytest.mark.parametrize("tokens", [1500, 4500])
+@pytest.mark.parametrize("name", LONGCA_MASKS)
+def test_masks_are_what_their_predicates_say(name: str, tokens: int) -> None:
+    mask = LONGCA_MASKS[name](tokens, SEED)
+    mask_mod = predicate(name, tokens, SEED, "cpu")
+    want = np.ones((1, tokens, tokens), bool) if mask_mod is None else allowed(mask_mod, tokens, 1)
+    assert mask.shape == (tokens, tokens)
+    assert np.array_equal(mask.dense(), want[0])
+    assert mask.area == want.sum()
+
+
+@pytest.mark.parametrize("name", LONGCA_BLOCK_PATTERNS)
+def test_block_patterns_are_what_their_predicates_say(name: str) -> None:
+    cell = Cell(name, {"uniform_block": 900, "variable_block": 2100}[name], 4, 2, 16)
+    tiles, pattern = tiles_of(cell)
+    assert pattern is not None
+    got = visible(tiles, cell.length, cell.length, cell.heads)
+    assert got.max() == 1
+    assert np.array_equal(got.astype(bool), allowed(block_predicate(pattern, cell.group, "cpu"), cell.length, cell.heads))
+    assert not np.array_equal(got[0], got[2])
+    for edges in (pattern.edges_q, pattern.edges_k):
+        assert (edges[0], edges[-1]) == (0, cell.length)
+        assert (np.diff(edges)[:-1] >= 128).all()
+    num_keys = pattern.kept.shape[-1]
+    assert (pattern.kept.sum(-1) == max(1, int(0.2 * num_keys))).all()
+
+
+@pytest.mark.parametrize("name", LONGCA_MASKS)
+def test_masks_of_a_million_tokens_plan_in_no_time(name: str) -> None:
+    """No S×S structure: a million tokens' mask, schedule and tiles are kilobytes."""
+    tokens = 1 << 20
+    mask = LONGCA_MASKS[name](tokens, SEED)
+    begin = time.process_time()
+    plan = distattn.plan(mask, heads=64, kv_heads=8, head_dim=128)
+    tiles = plan.only_tiles
+    seconds = time.process_time() - begin
+    assert tiles is not None
+    assert tiles.nbytes < 1 << 20
+    assert seconds < 0.5, f"{seconds:.3f} s of CPU; 0.1 s is promised for an idle machine"
+
+
+def run_bench(path: Path, *more: str) -> dict[str, Any]:
+    arguments = ["--json", str(path), "--lengths", "256", "--heads", "4:2", "--head-dims", "16", "--seconds", "0", *more]
+    with pytest.raises(SystemExit) as ended:
+        bench(["kernels", *arguments])
+    assert ended.value.code in (0, None)
+    return json.loads(path.read_text())["results"]
+
+
+def test_the_command_checks_times_and_resumes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path, picture = tmp_path / "r.json", tmp_path / "r.png"
+    first = run_bench(path, "--engines", "auto,triton,flex", "--masks", "causal,share_question,variable_block", "--commit", "x")
+    assert len(first) == 9
+    entry = first["causal 256 4:2 D16|auto"]
+    assert entry["choice"] == "flash_cpu"
+    assert "fastest" in entry["reason"]
+    assert entry["area"] == 4 * 256 * 257 // 2
+    assert entry["forward_tflops"] == pytest.approx(4 * entry["area"] * 16 / entry["forward_ms"] / 1e9)
+    assert entry["wrong"] is False
+    assert set(entry["errors"]) == {"out", "lse", "dq", "dk", "dv"}
+    assert "flex is timed on CUDA alone" in first["causal 256 4:2 D16|flex"]["not_run"]
+    measured: list[str] = []
+    monkeypatch.setattr(kernels, "measure", lambda engine, cell, *_: measured.append(cell.mask) or {"not_run": "again"})
+    second = run_bench(path, "--engines", "auto", "--masks", "causal,full", "--commit", "x", "--plot", str(picture))
+    assert measured == ["full"]
+    assert second["causal 256 4:2 D16|auto"] == entry
+    assert picture.stat().st_size > 1000
+    assert "256 4:2 D16" in capsys.readouterr().out
+    assert set(run_bench(path, "--engines", "auto", "--masks", "full", "--commit", "y")) == {"full 256 4:2 D16|auto"}
+
+
+def test_a_wrong_result_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kernels, "MAX_ERROR", {"cpu": 1e-12})
+    arguments = ["--lengths", "64", "--heads", "1:1", "--head-dims", "8", "--seconds", "0", "--engines", "auto"]
+    with pytest.raises(SystemExit) as ended:
+        bench(["kernels", "--json", str(tmp_path / "r.json"), "--masks", "causal", *arguments])
+    assert ended.value.code == 1
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--masks", "cusal"], "--masks has 'cusal'; it may have full, causal"),
+        (["--engines", "trition"], "--engines has 'trition'; it may have flash"),
+        (["--lengths", "8k"], "--lengths has '8k'; it takes positive integers"),
+        (["--heads", "8:3"], "--heads has '8:3'; it takes pairs such as 64:8"),
+    ],
+)
+def test_bad_options_are_named(arguments: list[str], message: str, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=message):
+        bench(["kernels", "--json", str(tmp_path / "r.json"), *arguments])
+
+
+def test_every_mask_has_a_cell() -> None:
+    assert len(MASKS) == 14
+    for name in MASKS:
+        x = Problem.make(Cell(name, 300, 2, 1, 8), "cpu")
+        assert x.area == visible(x.tiles, 300, 300, 2).sum()
+
+
+def test_a_cell_that_takes_too_long_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kernels, "_measured", lambda *_: time.sleep(60))
+    entry = kernels.measure("auto", Cell("causal", 64, 1, 1, 8), 0, 0.05)
+    assert entry == {"not_run": "took longer than 0.05 s"}
+    assert signal.getitimer(signal.ITIMER_REAL) == (0.0, 0.0)
+
+
+@pytest.mark.parametrize(("engine", "wrong"), [("auto", True), ("flex", False)])
+def test_a_kernel_that_fails_does_not_end_the_run(engine: str, wrong: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object) -> None:
+        raise ZeroDivisionError("of its own")
+
+    monkeypatch.setattr(kernels, "_measured", fail)
+    entry = kernels.measure(engine, Cell("causal", 64, 1, 1, 8), 0, 60)
+    assert entry == {"not_run": "ZeroDivisionError: of its own", "wrong": wrong}
+    assert ("n/a!" in kernels.table({"causal 64 1:1 D8|auto": entry}, ["auto"])) == wrong
+
+
+def test_repeats_are_at_least_three() -> None:
+    calls: list[int] = []
+    assert timing.median_ms(lambda: calls.append(1), 0, "cpu") >= 0
+    assert len(calls) == timing.WARM_UPS + timing.MIN_REPEATS
+
+
+def test_a_record_that_is_something_else_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "r.json"
+    path.write_text("[1]")
+    with pytest.raises(ConfigError, match=r"r\.json holds no benchmark results"):
+        Record(path, HERE)
+
+
+def test_calibrate_writes_where_distattn_looks(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    arguments = ["--only", "kernels", "--lengths", "256", "--heads", "2:1", "--head-dims", "8", "--seconds", "0"]
+    with pytest.raises(SystemExit) as ended:
+        bench(["calibrate", *arguments, "--json", str(tmp_path / "times.json"), "--commit", "x"])
+    assert ended.value.code in (0, None)
+    found = load_calibration()
+    assert found is not None
+    assert {(x.backend, x.backward) for x in found.kernels} >= {("flash_cpu", False), ("flash_cpu", True)}
+    assert "flash_cpu D8 forward" in capsys.readouterr().out
+    monkeypatch.setattr(calibrate, "calibrate_kernels", lambda *_, **__: (replace(found.kernels[0], head_dim=16),))
+    with pytest.raises(SystemExit):
+        bench(["calibrate", *arguments, "--commit", "x"])
+    again = load_calibration()
+    assert again is not None
+    assert {x.head_dim for x in again.kernels} == {8, 16}
+    with pytest.raises(ConfigError, match="--only='lniks' is unknown"):
+        bench(["calibrate", "--only", "lniks"])
