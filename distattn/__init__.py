@@ -14,6 +14,7 @@ from distattn.attention import (
     checkpoint_contexts,
     checkpoint_policy,
 )
+from distattn.linear import linear_attention, linear_attention_step
 from distattn.mask import Mask
 from distattn.parallel.layout import Layout
 from distattn.planning import Plan, plan
@@ -31,5 +32,7 @@ __all__ = [
     "checkpoint_contexts",
     "checkpoint_policy",
     "errors",
+    "linear_attention",
+    "linear_attention_step",
     "plan",
 ]

@@ -22,6 +22,7 @@ from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint
 from distattn.errors import InputError
 from distattn.kernels import Case
 from distattn.kernels.merge import accumulation_dtype
+from distattn.kernels.protocol import WholeBackend
 from distattn.parallel.executor import POSTED, Execution, Kernel, output_gradient_sums
 from distattn.planning import DTYPES, Plan, plan_of
 
@@ -61,8 +62,9 @@ def attention(
         out = softmax([s, sink]) [v; 0]
 
     q [B, S_local, H, D], k [B, S_local, Hk, D], v [B, S_local, Hk, Dv]: one floating dtype, any strides; row i is global
-    row ``plan.positions[i]``. scale: default D^−½. sink [H]: a learnable logit per head that takes weight and gives none.
-    softcap: positive, or None. key_bias [S_local] or [B, S_local, Hk]: a finite logit added for each key.
+    row ``plan.positions[i]``, and in cross attention row i of k, v and key_bias is key ``plan.key_positions[i]``. scale:
+    default D^−½. sink [H]: a learnable logit per head that takes weight and gives none. softcap: positive, or None. key_bias
+    [S_local] or [B, S_local, Hk]: a finite logit added for each key.
 
     Returns out [B, S_local, H, Dv] in q's dtype; with return_lse also lse [B, S_local, H] in fp32 (fp64), the sink
     included. Rows that see no key give out 0 and lse −inf (or the sink), and gradients 0. Everything is differentiable;
@@ -76,9 +78,12 @@ def attention(
     return _with_sink(out, lse, sink, return_lse)
 
 
+_SAVED_OPERATORS = ("distattn::attention", "distattn::linear_attention", "distattn::halo")
+
+
 def checkpoint_policy(ctx: Any, op: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
-    """Selective checkpointing: save what attention computed, recompute the rest (torch.utils.checkpoint)."""
-    saved = op == torch.ops.distattn.attention.default
+    """Selective checkpointing: save what attention computed, softmax or linear, recompute the rest (torch.utils.checkpoint)."""
+    saved = isinstance(op, torch._ops.OpOverload) and op.name() in _SAVED_OPERATORS
     return CheckpointPolicy.MUST_SAVE if saved else CheckpointPolicy.PREFER_RECOMPUTE
 
 
@@ -132,13 +137,12 @@ def _checked_call(
 
 def _check_inputs(q: Tensor, k: Tensor, v: Tensor, plan: Plan) -> None:
     """Shapes, dtypes and devices against the plan."""
-    rows = plan.num_local_rows
     expected = {
-        "q": (q, plan.heads, plan.head_dim),
-        "k": (k, plan.kv_heads, plan.head_dim),
-        "v": (v, plan.kv_heads, plan.value_dim),
+        "q": (q, plan.num_local_rows, plan.heads, plan.head_dim),
+        "k": (k, plan.num_local_keys, plan.kv_heads, plan.head_dim),
+        "v": (v, plan.num_local_keys, plan.kv_heads, plan.value_dim),
     }
-    for name, (x, heads, width) in expected.items():
+    for name, (x, rows, heads, width) in expected.items():
         if x.ndim != 4 or tuple(x.shape[1:]) != (rows, heads, width) or x.shape[0] != q.shape[0]:
             batch = q.shape[0] if name != "q" and q.ndim == 4 else "B"
             raise InputError(
@@ -204,8 +208,9 @@ def _kernel(plan: Plan, q: Tensor, v: Tensor, scale: float, softcap: float, lse_
         softcap=softcap != 0,
         lse_gradient=lse_gradient,
         deterministic=plan.deterministic,
+        block_plan=plan.sparse is not None,
     )
-    return Kernel(plan.backend(case), scale, softcap or None)
+    return Kernel(plan.backend(case), scale, softcap or None, plan.extras)
 
 
 def _forward(plan: Plan, q: Tensor, k: Tensor, v: Tensor, kernel: Kernel) -> Execution:
@@ -216,10 +221,13 @@ def _backward(
     plan: Plan, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, do: Tensor, dlse: Tensor | None, kernel: Kernel
 ) -> Execution:
     do = do.to(q.dtype)
-    home = {"q": q, "k": k, "v": v, "do": do, "lse": lse, "delta": output_gradient_sums(out, do, dlse)}
+    home = {"q": q, "k": k, "v": v, "do": do, "lse": lse}
     if kernel.backend.needs_out:
-        home["out"] = out
-    return Execution(plan.lowered_backward, plan.transport, kernel, home, label=plan.strategy)
+        # Such a backend makes the sums itself, and they are passes over long tensors: what it gets is not read.
+        home |= {"out": out, "delta": lse}
+    else:
+        home["delta"] = output_gradient_sums(out, do, dlse)
+    return Execution(plan.lowered_backward, plan.transport, kernel, home, label=plan.strategy, reduce_dtype=plan.reduce_dtype)
 
 
 @torch.library.custom_op("distattn::attention", mutates_args=())
@@ -227,10 +235,18 @@ def _attention(
     q: Tensor, k: Tensor, v: Tensor, plan: int, scale: float, softcap: float, lse_gradient: bool
 ) -> tuple[Tensor, Tensor]:
     made = plan_of(plan)
-    execution = _forward(made, q, k, v, _kernel(made, q, v, scale, softcap, lse_gradient))
+    kernel = _kernel(made, q, v, scale, softcap, lse_gradient)
+    if made.only_tiles is not None and isinstance(kernel.backend, WholeBackend):
+        out, lse = kernel.backend.attend_whole(q, k, v, made.only_tiles, **_numbers(made, kernel))
+        return out.contiguous(), lse.contiguous()
+    execution = _forward(made, q, k, v, kernel)
     execution.run()
     out, lse = execution.result()
     return out, lse
+
+
+def _numbers(plan: Plan, kernel: Kernel) -> dict[str, Any]:
+    return {"group": plan.lowered.group, "scale": kernel.scale, "softcap": kernel.softcap, "extras": kernel.extras}
 
 
 @_attention.register_fake
@@ -245,10 +261,27 @@ def _attention_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     made = plan_of(plan)
     kernel = _kernel(made, q, v, scale, softcap, lse_gradient)
-    execution = _backward(made, q, k, v, out, lse, do, dlse if lse_gradient else None, kernel)
+    dlse_or_none = dlse if lse_gradient else None
+    if made.only_tiles is not None and isinstance(kernel.backend, WholeBackend):
+        dq, dk, dv = kernel.backend.attend_backward_whole(
+            q, k, v, out, lse, do.to(q.dtype), dlse_or_none, made.only_tiles, **_numbers(made, kernel)
+        )
+        return dq.contiguous(), dk.contiguous(), dv.contiguous()
+    execution = _backward(made, q, k, v, out, lse, do, dlse_or_none, kernel)
     execution.run()
     dq, dk, dv = execution.result()
-    return dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype)
+    return _apart(dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype))
+
+
+def _apart(*results: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The results in memory of their own, as an operator's must be: dk and dv may have arrived in one message."""
+    seen: set[int] = set()
+    own = []
+    for result in results:
+        storage = result.untyped_storage()._cdata
+        own.append(result.clone() if storage in seen else result)
+        seen.add(storage)
+    return own[0], own[1], own[2]
 
 
 @_attention_backward.register_fake

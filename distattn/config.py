@@ -42,15 +42,23 @@ MAY_CHANGE = (
     "train.activation_checkpointing",
     "train.loss_chunk_tokens",
     "train.timeout_seconds",
+    "train.hang_seconds",
 )
 """Patterns of the keys that may differ when a run resumes: where and how numbers are computed, not which come out."""
 
 
 @dataclass(frozen=True)
 class RunConfig:
-    """dir: where the run lives; empty means ``runs/<name of the config file>``, the same at every start."""
+    """dir: where the run lives; empty means ``runs/<name of the config file>``, the same at every start.
+
+    max_restarts: how often ranks that failed are started again, after backoff_seconds, twice that, and so on.
+    storage_patience_seconds: so long is a file system that has vanished waited for.
+    """
 
     dir: str = ""
+    max_restarts: int = 0
+    backoff_seconds: float = 5.0
+    storage_patience_seconds: float = 120.0
 
 
 @dataclass(frozen=True)
@@ -59,7 +67,7 @@ class TrainConfig:
 
     activation_checkpointing: ``selective`` recomputes everything but attention, ``full`` also repeats attention and its
     communication. loss_chunk_tokens: tokens whose logits exist at one time. timeout_seconds: a collective that waits longer
-    ends the run with an error.
+    ends the run with an error. hang_seconds: without progress for so long, every rank reports where it is and ends; 0: never.
     """
 
     steps: int = 1000
@@ -70,6 +78,7 @@ class TrainConfig:
     activation_checkpointing: str = "none"
     loss_chunk_tokens: int = 1024
     timeout_seconds: float = 600.0
+    hang_seconds: float = 300.0
 
 
 @dataclass(frozen=True)
@@ -386,6 +395,10 @@ _AT_LEAST: dict[str, float] = {
     "train.global_batch": 1,
     "train.loss_chunk_tokens": 1,
     "train.timeout_seconds": 0,
+    "train.hang_seconds": 0,
+    "run.max_restarts": 0,
+    "run.backoff_seconds": 0,
+    "run.storage_patience_seconds": 0,
     "optim.lr": 0,
     "optim.warmup_steps": 0,
     "optim.min_lr_ratio": 0,

@@ -54,3 +54,7 @@ class CheckpointError(DistattnError, RuntimeError):
 
 class TrainingError(DistattnError, RuntimeError):
     """Training cannot go on (non-finite loss, a lost rank); the message names the step and the last good checkpoint."""
+
+
+class LaunchError(DistattnError, RuntimeError):
+    """A cluster or launcher that did not do what it was asked (a lost connection, a refused submission); says what it said."""

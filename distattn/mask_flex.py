@@ -114,7 +114,7 @@ def _mask_mod(
     num_queries: int, bands: np.ndarray, device: str | torch.device
 ) -> Callable[[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]:
     """A ``mask_mod`` that compares the key with the ranges [first, end) of keys that the query sees."""
-    tables = [(torch.from_numpy(a), torch.from_numpy(b)) for a, b in _key_ranges(num_queries, bands)]
+    tables = [(torch.from_numpy(a), torch.from_numpy(b)) for a, b in key_ranges(num_queries, bands)]
     ranges = [(first.to(device), end.to(device)) for first, end in tables]
 
     def mask_mod(b: torch.Tensor, h: torch.Tensor, q_idx: torch.Tensor, kv_idx: torch.Tensor) -> torch.Tensor:
@@ -127,7 +127,7 @@ def _mask_mod(
     return mask_mod
 
 
-def _key_ranges(num_queries: int, bands: np.ndarray) -> list[tuple[np.ndarray, np.ndarray]]:
+def key_ranges(num_queries: int, bands: np.ndarray) -> list[tuple[np.ndarray, np.ndarray]]:
     """Ranges of keys that each query sees, as pairs (first, end) of int32 [num_queries] tables; at least one pair.
 
     Table t holds the t-th range of every query; an absent one is empty (first = end = 0).

@@ -17,18 +17,21 @@ from torch import Tensor
 
 from distattn.errors import InputError, PlanError, UnsupportedError
 from distattn.kernels import BACKENDS, Backend, Case, choose_backend
+from distattn.kernels.block_plan import BlockOperand, BlockPlan
+from distattn.kernels.protocol import Extras
+from distattn.kernels.selection import rates_here
 from distattn.mask import Mask
 from distattn.parallel.agreement import board_of
 from distattn.parallel.backward import derive_backward
-from distattn.parallel.cost import Shape, count
-from distattn.parallel.hardware import Hardware, find_hardware
+from distattn.parallel.cost import Shape, attend_areas, count
+from distattn.parallel.hardware import Hardware, find_hardware, hardware_here
 from distattn.parallel.layout import Layout
-from distattn.parallel.lowering import Lowered, lower
-from distattn.parallel.need import check_rows
-from distattn.parallel.program import Program, check_heads
+from distattn.parallel.lowering import HOME_KV, HOME_Q, Lowered, lower
+from distattn.parallel.program import ATTEND_H0, ATTEND_H1, ATTEND_Q, SLOT_RANK, Program, check_heads
 from distattn.parallel.schedulers import find_scheduler
-from distattn.parallel.schedulers.auto import choose_layout, choose_strategy
+from distattn.parallel.schedulers.auto import choose_layout, choose_strategy, default_options, describe_degrees
 from distattn.parallel.transport.collective import Collective, group_device
+from distattn.row_gather import GatherRows
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 _CACHE_SIZE = 64
@@ -38,7 +41,8 @@ _CACHE_SIZE = 64
 class Plan:
     """A schedule for one mask, shape and group, on this rank. Made by ``plan``; compares by identity.
 
-    dtype: of the inputs, or None for any. reasons: why each automatic choice fell as it did.
+    dtype: of the inputs, or None for any. reasons: why each automatic choice fell as it did. reduce_dtype: in which sums of
+    gradients travel, None for fp32 (fp64).
     """
 
     mask: Mask
@@ -58,6 +62,8 @@ class Plan:
     hardware: Hardware
     reasons: dict[str, str]
     handle: int
+    reduce_dtype: torch.dtype | None = None
+    sparse: BlockPlan | None = None
 
     @property
     def num_ranks(self) -> int:
@@ -67,6 +73,16 @@ class Plan:
     def num_local_rows(self) -> int:
         """Rows of this rank."""
         return int(self.layout.counts[self.rank])
+
+    @property
+    def key_layout(self) -> Layout:
+        """Which rows of k and v each rank holds: ``layout``, but for cross attention."""
+        return self.program.key_layout
+
+    @cached_property
+    def num_local_keys(self) -> int:
+        """Rows of k and v on this rank."""
+        return int(self.key_layout.counts[self.rank])
 
     @cached_property
     def backward_program(self) -> Program:
@@ -79,6 +95,11 @@ class Plan:
         return torch.from_numpy(self.layout.rows(self.rank))
 
     @cached_property
+    def key_positions(self) -> Tensor:
+        """Global row of each local row of k and v, int64 [Sk_local]."""
+        return torch.from_numpy(self.key_layout.rows(self.rank))
+
+    @cached_property
     def lowered(self) -> Lowered:
         return lower(self.program, self.mask, self.rank)
 
@@ -87,23 +108,59 @@ class Plan:
         return lower(self.backward_program, self.mask, self.rank)
 
     @cached_property
+    def only_tiles(self) -> np.ndarray | None:
+        """The tiles of a pass that is one kernel call over this rank's own q, k and v; None where there is more to it."""
+        if self.num_ranks > 1:
+            return None
+        groups = [group for step in self.lowered.steps for group in step.groups]
+        if len(groups) != 1 or (groups[0].q_arena, groups[0].kv_arena) != (HOME_Q, HOME_KV):
+            return None
+        return groups[0].tiles
+
+    @cached_property
+    def extras(self) -> Extras | None:
+        """What kernel calls are given besides their tiles: the block plan, whose rows are those of the only rank."""
+        if self.sparse is None:
+            return None
+        return Extras(blocks=BlockOperand(self.sparse, self.heads, digest=self.sparse.digest))
+
+    @cached_property
     def _backends(self) -> dict[Case, Backend]:
         return {}
 
     def backend(self, case: Case) -> Backend:
         """The kernel that computes a case; raises UnsupportedError where none does."""
         if case not in self._backends:
-            self._backends[case] = choose_backend(case, self.kernel)[0]
+            self._backends[case] = choose_backend(case, self.kernel, self._tables(case))[0]
         return self._backends[case]
 
-    def shard(self, x: Tensor, dim: int = 1) -> Tensor:
-        """This rank's rows, in layout order, of a global tensor whose ``dim`` has all rows. Differentiable."""
+    def _tables(self, case: Case) -> list[np.ndarray]:
+        """Tiles of each kernel call of one forward pass, by which the kernel is chosen.
+
+        They are those of the rank that computes most, on every rank: what one's backward needs travels on the wire, so that
+        all must choose alike.
+        """
+        if self.kernel != "auto" or case.device_type != "cuda":
+            return []
+        attends, slots = self.program.attends, self.program.slots
+        work = attend_areas(self.program, self.mask) * (attends[:, ATTEND_H1] - attends[:, ATTEND_H0])
+        areas = np.bincount(slots[attends[:, ATTEND_Q], SLOT_RANK], weights=work, minlength=self.num_ranks)
+        busiest = int(areas.argmax())
+        lowered = self.lowered if busiest == self.rank else lower(self.program, self.mask, busiest)
+        return [group.tiles for step in lowered.steps for group in step.groups]
+
+    def shard(self, x: Tensor, dim: int = 1, *, keys: bool = False) -> Tensor:
+        """This rank's rows, in layout order, of a global tensor whose ``dim`` has all rows. Differentiable.
+
+        keys: x is k, v or a bias of keys, whose rows have their own layout in cross attention.
+        """
         dim = _checked_dim(x, dim)
-        if x.shape[dim] != self.layout.num_rows:
+        layout = self.key_layout if keys else self.layout
+        if x.shape[dim] != layout.num_rows:
             raise InputError(
-                f"shard takes the global tensor: x has {x.shape[dim]} rows in dim {dim}, the plan has {self.layout.num_rows}"
+                f"shard takes the global tensor: x has {x.shape[dim]} rows in dim {dim}, the plan has {layout.num_rows}"
             )
-        return x.index_select(dim, self._positions_on(x.device))
+        return x.index_select(dim, self._positions_on(x.device, keys=keys))
 
     def gather(self, x_local: Tensor, dim: int = 1) -> Tensor:
         """The global tensor, on every rank, of which each passes its rows: the inverse of ``shard``. Collective.
@@ -117,16 +174,16 @@ class Plan:
                 f"gather takes this rank's rows: x_local has {x_local.shape[dim]} in dim {dim}, rank {self.rank} has "
                 f"{self.num_local_rows}"
             )
-        return _Gather.apply(x_local, dim, self)
+        return GatherRows.apply(x_local, dim, self)
 
     @cached_property
-    def _positions_by_device(self) -> dict[torch.device, Tensor]:
+    def _positions_by_device(self) -> dict[tuple[torch.device, bool], Tensor]:
         return {}
 
-    def _positions_on(self, device: torch.device) -> Tensor:
-        if device not in self._positions_by_device:
-            self._positions_by_device[device] = self.positions.to(device)
-        return self._positions_by_device[device]
+    def _positions_on(self, device: torch.device, *, keys: bool = False) -> Tensor:
+        if (device, keys) not in self._positions_by_device:
+            self._positions_by_device[device, keys] = (self.key_positions if keys else self.positions).to(device)
+        return self._positions_by_device[device, keys]
 
     @cached_property
     def _order(self) -> Tensor:
@@ -146,7 +203,7 @@ class Plan:
         dtype = self.dtype or (torch.bfloat16 if device == "cuda" else torch.float32)
         case = Case(device, dtype, self.head_dim, self.value_dim, self.heads, self.kv_heads, deterministic=self.deterministic)
         try:
-            backend, why = choose_backend(case, self.kernel)
+            backend, why = choose_backend(case, self.kernel, self._tables(case))
             kernel = f"{backend.name} ({why})"
         except UnsupportedError as error:
             kernel = f"none: {error}"
@@ -157,14 +214,17 @@ class Plan:
         lines = {
             "mask": f"{mask.num_queries} × {mask.num_keys}, {mask.area} pairs in {len(mask.bands)} bands",
             "layout": f"{self.layout.name} over {self.num_ranks} ranks ({self.reasons['layout']})",
+            "keys": "" if self.program.keys is None else f"{self.program.keys.name} over {self.num_ranks} ranks",
             "strategy": f"{self.strategy} ({self.reasons['strategy']})",
             "kernel": kernel,
             "shape": f"{self.heads}:{self.kv_heads} heads of {self.head_dim} (values {self.value_dim}), {name} on {device}",
             "stages": f"{self.program.num_stages} forward, {self.backward_program.num_stages} backward",
             "sent": f"{_per_rank(sent)} MB a rank, forward, batch 1",
+            "candidates": self.reasons.get("candidates", ""),
             "work": f"{_per_rank(work)} GFLOP a rank, forward, batch 1; imbalance {cost.imbalance:.3f} (max/mean)",
         }
-        return "\n".join(f"{word:10} {text}" for word, text in lines.items())
+        shown = ((word, line) for word, text in lines.items() for line in text.splitlines())
+        return "\n".join(f"{word:10} {line}" for word, line in shown)
 
 
 def _per_rank(values: np.ndarray) -> str:
@@ -185,20 +245,25 @@ class _Request:
     num_ranks: int
     strategy: str
     layout: Layout | None
+    key_layout: Layout | None
     kernel: str
     dtype: torch.dtype | None
     topology: Hardware | str | None
     deterministic: bool
-    sparse: object
+    sparse: BlockPlan | None
     options: Any
     timeout_s: float | None
+    reduce_dtype: torch.dtype | None
 
     def summary(self) -> str:
         """Equal exactly if the requests are: compared over ranks, key of the cache, and shown where ranks disagree."""
         shown = {x.name: getattr(self, x.name) for x in fields(self)}
         shown["mask"] = self.mask.digest
-        if isinstance(self.layout, Layout):
-            shown["layout"] = self.layout.digest
+        for name in ("layout", "key_layout", "sparse"):
+            if isinstance(shown[name], (Layout, BlockPlan)):
+                shown[name] = shown[name].digest
+        if "auto" in (self.kernel, self.strategy) and self.num_ranks > 1 and (rates := rates_here()) is not None:
+            shown["kernel_rates"] = f"{rates.calibration.digest} ({rates.origin})"
         return " ".join(f"{name}={value}" for name, value in shown.items() if value is not None)
 
 
@@ -211,22 +276,27 @@ def plan(
     group: dist.ProcessGroup | None = None,
     strategy: str = "auto",
     layout: Layout | None = None,
+    key_layout: Layout | None = None,
     kernel: str = "auto",
     value_dim: int | None = None,
     dtype: torch.dtype | None = None,
     topology: Hardware | str | None = None,
     deterministic: bool = False,
-    sparse: None = None,
+    sparse: BlockPlan | None = None,
     options: Any = None,
     timeout_s: float | None = None,
+    reduce_dtype: torch.dtype | None = None,
 ) -> Plan:
     """Plan attention under ``mask`` over the ranks of ``group``. Collective, but waits for no rank; cached by value.
 
     mask: over the global rows, alike on every rank. heads, kv_heads (default: heads), head_dim, value_dim (default:
     head_dim): of q, k and v. group: None is one rank, without torch.distributed. strategy: "auto" takes the least predicted
-    time. layout: None takes the one with the best balance. kernel: "auto" or a backend's name. dtype: of the inputs; None
+    time. layout: None takes the one with the best balance. key_layout: for cross attention, of the rows of k and v; None: those
+    of q, or contiguous where the mask is not square. kernel: "auto" or a backend's name. dtype: of the inputs; None
     allows any. topology: hardware (or its name) that predictions and routes are for. deterministic: bitwise equal reruns.
-    options: the strategy's own dataclass. timeout_s: longest wait for a transfer, default the group's timeout.
+    sparse: a plan of blocks that attend, on one rank alone: pairs of other blocks are left out, of those of the mask.
+    options: the strategy's own dataclass. timeout_s: longest wait for a transfer, default the group's timeout. reduce_dtype:
+    torch.bfloat16 halves the bytes of gradient sums on the wire at a loss of accuracy; None: fp32 (fp64 for fp64 inputs).
 
     Raises PlanError, LayoutError or UnsupportedError naming the argument, and AgreementError where ranks of the group
     passed different arguments.
@@ -244,6 +314,7 @@ def plan(
         num_ranks=1 if group is None else dist.get_world_size(group),
         strategy=strategy,
         layout=layout,
+        key_layout=key_layout,
         kernel=kernel,
         dtype=dtype,
         topology=topology,
@@ -251,6 +322,7 @@ def plan(
         sparse=sparse,
         options=options,
         timeout_s=timeout_s,
+        reduce_dtype=reduce_dtype,
     )
     inputs = request.summary()
     if group is not None:
@@ -294,7 +366,7 @@ def _hardware(topology: Hardware | str | None, group: dist.ProcessGroup | None) 
     if topology is not None:
         return find_hardware(topology)
     on_gpu = torch.cuda.is_available() if group is None else group_device(group).type == "cuda"
-    return find_hardware("h100" if on_gpu else "cpu")
+    return hardware_here(on_gpu=on_gpu)
 
 
 def _make(request: _Request, group: dist.ProcessGroup | None) -> Plan:
@@ -319,12 +391,17 @@ def _make(request: _Request, group: dist.ProcessGroup | None) -> Plan:
         hardware=hardware,
         reasons=reasons,
         handle=next(_handles),
+        reduce_dtype=request.reduce_dtype,
+        sparse=request.sparse,
     )
 
 
 def _schedule(r: _Request, hardware: Hardware) -> tuple[str, Layout, Program, dict[str, str]]:
     """(strategy, layout, program, why each was chosen)."""
     given = "given by the caller"
+    key_layout = r.key_layout
+    if key_layout is None and r.mask.num_queries != r.mask.num_keys:
+        key_layout = Layout.contiguous(r.mask.num_keys, r.num_ranks)
     if r.strategy == "auto":
         choice = choose_strategy(
             r.mask,
@@ -336,15 +413,18 @@ def _schedule(r: _Request, hardware: Hardware) -> tuple[str, Layout, Program, di
             dtype=_dtype_name(r.dtype or torch.bfloat16),
             hardware=hardware,
             layout=r.layout,
+            key_layout=key_layout,
         )
-        why = given if r.layout else choose_layout(r.mask, r.num_ranks, choice.strategy).reason
-        return choice.strategy, choice.layout, choice.program, {"layout": why, "strategy": choice.reason}
+        reasons = {"layout": choice.layout_reason, "strategy": choice.reason, "candidates": choice.table}
+        return choice.strategy, choice.layout, choice.program, reasons
+    options = r.options or default_options(r.strategy, r.heads, r.kv_heads, r.num_ranks, hardware)
     layout, why = r.layout, given
     if layout is None:
-        placed = choose_layout(r.mask, r.num_ranks, r.strategy)
+        placed = choose_layout(r.mask, r.num_ranks, r.strategy, heads=r.heads, options=options)
         layout, why = placed.layout, placed.reason
-    program = find_scheduler(r.strategy).plan(r.mask, layout, r.heads, r.kv_heads, r.options)
-    return r.strategy, layout, program, {"layout": why, "strategy": given}
+    program = find_scheduler(r.strategy).plan(r.mask, layout, r.heads, r.kv_heads, options, key_layout)
+    degrees = describe_degrees(r.strategy, options, r.heads, r.num_ranks)
+    return r.strategy, layout, program, {"layout": why, "strategy": f"{given}; {degrees}"}
 
 
 def _check(r: _Request) -> None:
@@ -353,26 +433,42 @@ def _check(r: _Request) -> None:
     for name, size in (("head_dim", r.head_dim), ("value_dim", r.value_dim)):
         if size < 1:
             raise PlanError(f"{name} must be at least 1, got {size}")
-    if r.sparse is not None:
-        raise UnsupportedError("sparse must be None: block-sparse patterns are not supported, masks made of bands are")
-    if r.layout is not None:
-        check_rows(r.mask, r.layout)
-        if r.layout.num_ranks != r.num_ranks:
+    _check_sparse(r)
+    for name, layout, rows in (("layout", r.layout, r.mask.num_queries), ("key_layout", r.key_layout, r.mask.num_keys)):
+        if layout is None:
+            continue
+        if layout.num_rows != rows:
+            raise PlanError(f"{name} holds {layout.num_rows} rows, but the mask has {rows} of them; both must be equal")
+        if layout.num_ranks != r.num_ranks:
             raise PlanError(
-                f"layout is for {r.layout.num_ranks} ranks, the group has {r.num_ranks}; make it for the group's size"
+                f"{name} is for {layout.num_ranks} ranks, the group has {r.num_ranks}; make it for the group's size"
             )
-    if r.mask.num_queries != r.mask.num_keys:
-        raise PlanError(
-            f"the mask is over {r.mask.num_queries} queries and {r.mask.num_keys} keys, but a rank holds the same rows of "
-            "q, k and v; both must be equal"
-        )
     if r.kernel != "auto" and r.kernel not in BACKENDS:
         raise UnsupportedError(f"kernel={r.kernel!r} is unknown; it may be auto, {', '.join(BACKENDS)}")
     if r.dtype is not None and r.dtype not in DTYPES:
         raise UnsupportedError(f"dtype={r.dtype} is not supported; use one of {', '.join(map(str, DTYPES))}")
+    if r.reduce_dtype not in (None, torch.bfloat16, torch.float32):
+        raise UnsupportedError(f"reduce_dtype={r.reduce_dtype} is not supported; use None, torch.float32 or torch.bfloat16")
     if r.timeout_s is not None and r.timeout_s <= 0:
         raise PlanError(f"timeout_s must be positive, got {r.timeout_s}")
     _check_strategy(r)
+
+
+def _check_sparse(r: _Request) -> None:
+    plan = r.sparse
+    if plan is None:
+        return
+    if not isinstance(plan, BlockPlan):
+        raise PlanError(f"sparse must be a distattn.kernels.block_plan.BlockPlan or None, got {type(plan).__name__}")
+    if r.num_ranks > 1:
+        raise UnsupportedError(f"sparse is supported on one rank, the group has {r.num_ranks}; use a mask made of bands there")
+    if (plan.num_queries, plan.num_keys) != (r.mask.num_queries, r.mask.num_keys):
+        raise PlanError(
+            f"sparse is over {plan.num_queries} queries and {plan.num_keys} keys, the mask over {r.mask.num_queries} and "
+            f"{r.mask.num_keys}; both must be equal"
+        )
+    if r.heads % plan.heads:
+        raise PlanError(f"sparse has {plan.heads} plan heads, which must divide the {r.heads} query heads")
 
 
 def _check_strategy(r: _Request) -> None:
@@ -396,29 +492,3 @@ def _checked_dim(x: Tensor, dim: int) -> int:
     if not -x.ndim <= dim < x.ndim:
         raise InputError(f"dim={dim} is out of range for a tensor of {x.ndim} dimensions")
     return dim % x.ndim
-
-
-class _Gather(torch.autograd.Function):
-    """Local rows to global rows; the gradient is summed over ranks and sharded."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, dim: int, made: Plan) -> Tensor:
-        ctx.dim, ctx.plan = dim, made
-        rows = x.movedim(dim, 0)
-        width = int(made.layout.counts.max(initial=0))
-        padded = x.new_zeros((width, *rows.shape[1:]))
-        padded[: len(rows)] = rows
-        every = padded
-        if made.group is not None:
-            every = x.new_empty((made.num_ranks * width, *rows.shape[1:]))
-            dist.all_gather(list(every.chunk(made.num_ranks)), padded, group=made.group)
-        return every.index_select(0, made._order.to(x.device)).movedim(0, dim)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:  # pyright: ignore[reportIncompatibleMethodOverride]
-        made: Plan = ctx.plan
-        grad = grad.contiguous()
-        if made.group is not None:
-            grad = grad.clone()
-            dist.all_reduce(grad, group=made.group)
-        return grad.index_select(ctx.dim, made._positions_on(grad.device)), None, None

@@ -20,13 +20,17 @@ ALLOWED = {
     "bands": {"errors"},
     "mask_flex": {"errors", "bands"},
     "mask": {"errors", "bands", "mask_flex"},
-    "kernels": {"errors"},
-    "parallel": {"errors", "bands", "mask", "kernels"},
+    "calibration": {"errors"},
+    "kernels": {"errors", "calibration"},
+    "parallel": {"errors", "bands", "calibration", "mask", "kernels"},
     "launchers": {"errors"},
     "data": {"errors"},
-    "planning": {"errors", "bands", "mask", "kernels", "parallel"},
+    "planning": {"errors", "bands", "mask", "kernels", "parallel", "row_gather"},
     "attention": {"errors", "bands", "mask", "kernels", "parallel", "planning"},
-    "models": {"errors", "mask", "planning", "attention"},
+    "linear_planning": {"errors", "kernels", "parallel"},
+    "linear": {"errors", "kernels", "parallel", "linear_planning"},
+    "short_convolution": {"errors", "parallel", "linear_planning"},
+    "models": {"errors", "mask", "planning", "attention", "linear", "short_convolution"},
     "testing": {"errors", "launchers"},
 }
 
@@ -59,7 +63,8 @@ def test_layers(name: str, path: Path) -> None:
         top, *rest = imported.split(".")
         assert top not in {"kernels", "parallel", "launchers"}, f"{name} imports the link {top}, not distattn.{top}"
         if top in FRAMEWORKS:
-            assert name.startswith("integrations."), f"{name} imports {top}: only its adapter may"
+            adapter = name.startswith("integrations.") or (top == "ray" and name.startswith("launchers.ray_"))
+            assert adapter, f"{name} imports {top}: only its adapter may"
         if top == "distattn" and rest and part in ALLOWED:
             assert rest[0] == part or rest[0] in ALLOWED[part], f"{name} must not import {imported}"
 
@@ -76,6 +81,8 @@ def test_public_names() -> None:
         "checkpoint_contexts",
         "checkpoint_policy",
         "errors",
+        "linear_attention",
+        "linear_attention_step",
         "plan",
     ]
     for name in distattn.__all__:

@@ -3,9 +3,12 @@
 import json
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
+import torch
 
+from distattn.calibration import Calibration, KernelRate, device_name
 from distattn.cli import doctor
 
 
@@ -44,3 +47,20 @@ def test_broken_transport_is_a_fault(monkeypatch: pytest.MonkeyPatch) -> None:
     assert not gloo.works
     assert gloo.detail == "RuntimeError: no route to host"
     assert not doctor.Diagnosis(checks).healthy
+
+
+def test_calibration_is_named_missing_stale_or_broken(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    device = device_name()
+    assert doctor._calibration_check().detail == f"none of {device}: `distattn bench calibrate` measures kernels and links"
+    rate = KernelRate("flash_cpu", False, 64, 1e-5, 0, 0, 0, 1e-12, 1e-12)
+    path = Calibration(device, {"torch": torch.__version__}, kernels=(rate,)).save()
+    assert doctor._calibration_check() == doctor.Check(
+        "kernels", "calibration", True, f"1 kernel rates and 0 link rates of {device}, {path}"
+    )
+    Calibration(device, {"torch": "1.0"}).save()
+    check = doctor._calibration_check()
+    assert not check.works
+    assert "measured with torch 1.0, run `distattn bench calibrate` again" in check.detail
+    path.write_text("{")
+    assert "is no calibration" in doctor._calibration_check().detail

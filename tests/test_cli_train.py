@@ -56,7 +56,7 @@ def refused(
     def start_nothing(*args: object, **kwargs: object) -> int:
         raise AssertionError("a process would have been started")
 
-    monkeypatch.setattr(distattn.cli.train, "launch_local", start_nothing)
+    monkeypatch.setattr(distattn.cli.train, "run_local", start_nothing)
     for name in ("RANK", "WORLD_SIZE"):
         monkeypatch.delenv(name, raising=False)
 

@@ -13,7 +13,7 @@ import typer
 import yaml
 
 import distattn
-from distattn.cli.plan import MaskArguments, make_plan, report
+from distattn.cli.plan import Choice, MaskArguments, make_plan, report
 from distattn.cli.plan import app as plan_app
 from distattn.config import MAY_CHANGE, Config
 
@@ -168,5 +168,5 @@ def test_plan_options() -> None:
 def test_plan_json_keys() -> None:
     described = {name for cell in first_cells(PLANNING, "## JSON") for name in re.findall(r"`(\w+)`", cell)}
     arguments = MaskArguments("causal", seq_len=12)
-    numbers = report(make_plan(arguments, 2, "ring", "auto", (4, 2), (8, None, "bfloat16"), "cpu"), arguments)
+    numbers = report(make_plan(arguments, 2, Choice("ring"), (4, 2), (8, None, "bfloat16"), "cpu"), arguments)
     assert described == set(numbers)

@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from distattn.errors import ConfigError
+
 if TYPE_CHECKING:
     from rich.console import Console
 
@@ -103,7 +105,28 @@ def _kernel_checks() -> list[Check]:
     checks = [Check("kernels", "auto", True, f"{chosen.name}: {reason}", needed=True)]
     for name, why_not in backend_report(case).items():
         checks.append(Check("kernels", name, why_not is None, why_not or f"computes {dtype} on {device}"))
-    return checks
+    return [*checks, _calibration_check()]
+
+
+def _calibration_check() -> Check:
+    """What was measured of this machine, and whether that was with the torch that is installed."""
+    import torch
+
+    from distattn.calibration import calibration_path, device_name, load_calibration
+
+    device = device_name()
+    try:
+        found = load_calibration()
+    except ConfigError as error:
+        return Check("kernels", "calibration", False, str(error))
+    if found is None:
+        return Check(
+            "kernels", "calibration", False, f"none of {device}: `distattn bench calibrate` measures kernels and links"
+        )
+    measured = f"{len(found.kernels)} kernel rates and {len(found.links)} link rates of {device}, {calibration_path(device)}"
+    version = found.versions.get("torch")
+    stale = "" if version == torch.__version__ else f"; measured with torch {version}, run `distattn bench calibrate` again"
+    return Check("kernels", "calibration", not stale, measured + stale)
 
 
 def _exact_forward_and_backward() -> str:
@@ -209,6 +232,8 @@ def _print(diagnosis: Diagnosis, console: Console) -> None:
 @app.command()
 def doctor(as_json: Annotated[bool, typer.Option("--json", help="print the report as JSON")] = False) -> None:
     """What is installed, which kernels and transports work here, what is missing and how to get it.
+
+    With --cluster it checks the devices and links of a job's nodes instead: distattn doctor --cluster --help.
 
     Exit code 0 if everything that training needs works, else 1.
     """

@@ -45,9 +45,52 @@ def plan(context: typer.Context) -> None:
 @app.command(context_settings=_PASS_THROUGH, add_help_option=False)
 def doctor(context: typer.Context) -> None:
     """What is installed, which kernels and transports work here, what is missing and how to get it."""
-    from distattn.cli.doctor import app as doctor_app
+    if "--cluster" in context.args:
+        from distattn.cli.cluster import app as doctor_app
+    else:
+        from distattn.cli.doctor import app as doctor_app
 
     doctor_app(context.args, prog_name="distattn doctor")
+
+
+@app.command(context_settings=_PASS_THROUGH, add_help_option=False)
+def bench(context: typer.Context) -> None:
+    """Measure kernels, schedules and exchanges on this machine, beside their peers."""
+    from distattn.cli.bench import bench as run
+
+    run(context.args)
+
+
+@app.command(context_settings=_PASS_THROUGH, add_help_option=False)
+def submit(context: typer.Context) -> None:
+    """Start or resume a run in the background, on this machine, on Slurm or on Ray."""
+    from distattn.cli.submit import app as submit_app
+
+    submit_app(context.args, prog_name="distattn submit")
+
+
+@app.command(context_settings=_PASS_THROUGH, add_help_option=False)
+def jobs(context: typer.Context) -> None:
+    """The jobs submitted from here, and how far each has come."""
+    from distattn.cli.jobs import jobs_app
+
+    jobs_app(context.args, prog_name="distattn jobs")
+
+
+@app.command(context_settings=_PASS_THROUGH, add_help_option=False)
+def logs(context: typer.Context) -> None:
+    """What a rank of a job printed."""
+    from distattn.cli.jobs import logs_app
+
+    logs_app(context.args, prog_name="distattn logs")
+
+
+@app.command(context_settings=_PASS_THROUGH, add_help_option=False)
+def cancel(context: typer.Context) -> None:
+    """End a job; its ranks write a checkpoint first."""
+    from distattn.cli.jobs import cancel_app
+
+    cancel_app(context.args, prog_name="distattn cancel")
 
 
 def main() -> None:

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from distattn.parallel.hardware import Hardware
     from distattn.parallel.layout import Layout
     from distattn.parallel.program import Program
+    from distattn.parallel.schedulers.auto import StrategyChoice
     from distattn.parallel.simulate import Prediction
 
 # What each mask must be given, and what it may be given besides; "seq_len|lengths" is either of the two.
@@ -31,7 +32,7 @@ _MASKS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "global_window": (("seq_len", "globals", "left"), ("right",)),
     "block_causal": (("seq_len|lengths", "block"), ()),
 }
-_LAYOUTS = ("auto", "contiguous", "zigzag", "per_document_zigzag", "striped")
+_LAYOUTS = ("auto", "contiguous", "zigzag", "per_document_zigzag", "balanced", "striped")
 _USAGE_ERRORS = (ConfigError, PlanError, MaskError, LayoutError, UnsupportedError)
 _MANY_RANKS = 16
 
@@ -59,7 +60,10 @@ class Planned:
     """A verified forward and backward program with their predictions and how they came about."""
 
     strategy: str
+    options: Any
     reason: str
+    candidates: str
+    predicted_seconds: dict[str, float]
     layout: Layout
     layout_reason: str
     mask: Mask
@@ -87,13 +91,16 @@ def plan_command(
     question: Annotated[int | None, typer.Option(help="share_question: tokens of the question.")] = None,
     bidirectional: Annotated[bool, typer.Option("--bidirectional", help="documents: not causal.")] = False,
     strategy: Annotated[str, typer.Option(help="Scheduler, or auto: the least predicted time.")] = "auto",
+    option: Annotated[
+        list[str] | None, typer.Option(help="Option of the strategy, key=value; may be repeated: --option pieces=4.")
+    ] = None,
     layout: Annotated[str, typer.Option(help=f"Who holds which rows: {', '.join(_LAYOUTS)}.")] = "auto",
     heads: Annotated[int, typer.Option(help="Query heads.")] = 32,
     kv_heads: Annotated[int | None, typer.Option(help="Key/value heads (default: as many as query heads).")] = None,
     head_dim: Annotated[int, typer.Option(help="Features of a query and key head.")] = 128,
     value_dim: Annotated[int | None, typer.Option(help="Features of a value head (default: head_dim).")] = None,
     dtype: Annotated[str, typer.Option(help="Input dtype: bfloat16, float16, float32, float64.")] = "bfloat16",
-    hardware: Annotated[str, typer.Option(help="Machine to predict for: h100, h200, a100, cpu.")] = "h100",
+    hardware: Annotated[str, typer.Option(help="Machine: h100, h200, a100, cpu, or measured: this one.")] = "h100",
     json_path: Annotated[str | None, typer.Option("--json", help="Write the numbers to FILE, or - for stdout.")] = None,
     plot: Annotated[str | None, typer.Option(help="Draw timeline, load and traffic to FILE.png (.pdf, .svg).")] = None,
     backward: Annotated[bool, typer.Option("--backward/--forward", help="Which direction --plot draws.")] = False,
@@ -108,7 +115,8 @@ def plan_command(
 
             check_plot_path(plot)
         kv = heads if kv_heads is None else kv_heads
-        planned = make_plan(arguments, ranks, strategy, layout, (heads, kv), (head_dim, value_dim, dtype), hardware)
+        chosen = Choice(strategy, layout, tuple(option or ()))
+        planned = make_plan(arguments, ranks, chosen, (heads, kv), (head_dim, value_dim, dtype), hardware)
         title = f"{planned.strategy} · {planned.layout.name} · {describe_mask(arguments)} · {count(ranks, 'rank')}"
         _output(planned, report(planned, arguments), title, json_path)
         if plot is not None:
@@ -124,11 +132,19 @@ def plan_command(
         raise typer.Exit(2 if isinstance(error, _USAGE_ERRORS) else 1) from error
 
 
+@dataclass(frozen=True)
+class Choice:
+    """Names of the strategy and the layout, or auto, and the strategy's options as ``key=value``."""
+
+    strategy: str = "auto"
+    layout: str = "auto"
+    options: tuple[str, ...] = ()
+
+
 def make_plan(
     arguments: MaskArguments,
     ranks: int,
-    strategy: str,
-    layout: str,
+    choice: Choice,
     heads: tuple[int, int],
     sizes: tuple[int, int | None, str],
     hardware: str,
@@ -152,7 +168,8 @@ def make_plan(
         raise ConfigError(f"--ranks must be at least 1, got {ranks}")
     start = time.perf_counter()
     mask = build_mask(arguments)
-    chosen, reason, placed, layout_reason, program = _schedule(mask, ranks, strategy, layout, heads, sizes, machine)
+    schedule = _schedule(mask, ranks, choice, heads, sizes, machine)
+    program = schedule.program
     planned = time.perf_counter()
     backward = derive_backward(program, ranks_per_node=machine.ranks_per_node)
     derived = time.perf_counter()
@@ -160,10 +177,13 @@ def make_plan(
     backward.verify(mask)
     verified = time.perf_counter()
     return Planned(
-        strategy=chosen,
-        reason=reason,
-        layout=placed,
-        layout_reason=layout_reason,
+        strategy=schedule.strategy,
+        options=schedule.options,
+        reason=schedule.reason,
+        candidates=schedule.table,
+        predicted_seconds=schedule.predicted_seconds,
+        layout=schedule.layout,
+        layout_reason=schedule.layout_reason,
         mask=mask,
         program=program,
         forward=predict(program, mask, machine, head_dim, value_dim, dtype),
@@ -177,29 +197,38 @@ def make_plan(
 def _schedule(
     mask: Mask,
     ranks: int,
-    strategy: str,
-    layout: str,
+    choice: Choice,
     heads: tuple[int, int],
     sizes: tuple[int, int | None, str],
     machine: Hardware,
-) -> tuple[str, str, Layout, str, Program]:
-    """(strategy, why, layout, why, program)."""
+) -> StrategyChoice:
+    """What was asked for, or what auto takes."""
     from distattn.parallel.schedulers import find_scheduler
-    from distattn.parallel.schedulers.auto import choose_layout, choose_strategy
+    from distattn.parallel.schedulers.auto import (
+        StrategyChoice,
+        choose_layout,
+        choose_strategy,
+        default_options,
+        describe_degrees,
+    )
+    from distattn.parallel.schedulers.options import parse_options
 
-    given = _given_layout(layout, mask, ranks)
-    if strategy == "auto":
+    options = parse_options(choice.strategy, choice.options)
+    given = _given_layout(choice.layout, mask, ranks)
+    if choice.strategy == "auto":
         head_dim, value_dim, dtype = sizes
-        choice = choose_strategy(
+        return choose_strategy(
             mask, ranks, *heads, head_dim=head_dim, value_dim=value_dim, dtype=dtype, hardware=machine, layout=given
         )
-        why = "given" if given else choose_layout(mask, ranks, choice.strategy).reason
-        return choice.strategy, choice.reason, choice.layout, why, choice.program
-    scheduler = find_scheduler(strategy)
-    if given is not None:
-        return strategy, "given", given, "given", scheduler.plan(mask, given, *heads)
-    placed = choose_layout(mask, ranks, strategy)
-    return strategy, "given", placed.layout, placed.reason, scheduler.plan(mask, placed.layout, *heads)
+    scheduler = find_scheduler(choice.strategy)
+    options = options or default_options(choice.strategy, *heads, ranks, machine)
+    layout, why = given, "given"
+    if layout is None:
+        placed = choose_layout(mask, ranks, choice.strategy, heads=heads[0], options=options)
+        layout, why = placed.layout, placed.reason
+    program = scheduler.plan(mask, layout, *heads, options)
+    reason = f"given; {describe_degrees(choice.strategy, options, heads[0], ranks)}"
+    return StrategyChoice(choice.strategy, layout, program, reason, options=options, layout_reason=why)
 
 
 def _given_layout(name: str, mask: Mask, ranks: int) -> Layout | None:
@@ -212,6 +241,8 @@ def _given_layout(name: str, mask: Mask, ranks: int) -> Layout | None:
         return Layout.contiguous(rows, ranks)
     if name == "zigzag":
         return Layout.zigzag(rows, ranks)
+    if name == "balanced":
+        return Layout.balanced(mask, ranks)
     if name == "striped":
         return Layout.striped(rows, ranks)
     if name == "per_document_zigzag":
@@ -317,7 +348,9 @@ def report(planned: Planned, arguments: MaskArguments) -> dict[str, Any]:
     options = {name: value for name, value in _given(arguments).items() if name not in ("mask", "lengths")}
     return {
         "strategy": planned.strategy,
+        "options": asdict(planned.options) if planned.options is not None else {},
         "reason": planned.reason,
+        "candidates_seconds": planned.predicted_seconds,
         "ranks": program.num_ranks,
         "mask": arguments.mask,
         "mask_options": options,
@@ -377,6 +410,8 @@ def _print_tables(planned: Planned, title: str) -> None:
     console = Console(highlight=False, soft_wrap=True)
     console.print(f"[bold]{title}[/bold]", markup=True)
     console.print(f"strategy  {planned.reason}\nlayout    {planned.layout_reason}", markup=False)
+    if planned.candidates:
+        console.print(planned.candidates, markup=False)
     console.print(f"verified  forward and backward, {planned.mask.area:,} pairs, in {planned.verify_seconds:.3g} s")
     table = Table("", "forward", "backward", title_justify="left")
     directions = (planned.forward, planned.backward)

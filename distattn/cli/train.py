@@ -18,9 +18,10 @@ import torch.distributed as dist
 from distattn.config import MAY_CHANGE, Config, load_config
 from distattn.data import open_cache
 from distattn.errors import ConfigError, DistattnError
-from distattn.launchers.environment import STORE_VARIABLE, init_from_environment, joined_by_environment
-from distattn.launchers.local import launch_local
-from distattn.training.mesh import build_mesh
+from distattn.launchers.environment import PREPARED_VARIABLE, init_from_environment, joined_by_environment
+from distattn.launchers.local import run_local
+from distattn.launchers.supervise import RESTART_VARIABLE, Failure, Journal, step_being_computed, supervise
+from distattn.training.mesh import Mesh, build_mesh
 from distattn.training.preflight import (
     Ranks,
     check_heads,
@@ -31,7 +32,7 @@ from distattn.training.preflight import (
     choose_ranks,
 )
 from distattn.training.run_dir import RunDir, RunLock
-from distattn.training.trainer import Trainer, stop_on_signal
+from distattn.training.trainer import StopRequest, Trainer, stop_on_signal
 
 
 def train(path: Path, overrides: Sequence[str]) -> int:
@@ -49,8 +50,42 @@ def train(path: Path, overrides: Sequence[str]) -> int:
         if lock is None:
             return 0
         command = [sys.executable, "-m", "distattn.cli.main", "train", "--", str(path), *overrides]
-        run = RunDir(config.run.dir)
-        return launch_local(command, ranks.data * ranks.context, log_dir=run.logs, pass_fds=(lock.fileno(),))
+        return _supervised(config, ranks, command, lock)
+
+
+def _supervised(config: Config, ranks: Ranks, command: Sequence[str], lock: RunLock) -> int:
+    """Start the ranks, and again after failures as ``run.max_restarts`` allows; the exit status."""
+    run, world = RunDir(config.run.dir), ranks.data * ranks.context
+    journal = Journal(run.path)
+
+    def attempt(restart: int) -> int | None:
+        journal.started(world, restart)
+        ended = run_local(command, world, log_dir=run.logs, pass_fds=(lock.fileno(),))
+        if ended.status and ended.stopped:
+            return None
+        if ended.status:
+            step = step_being_computed(run.path)
+            journal.failed(Failure(step, ended.kind, ended.message.splitlines()[0], ended.failed_rank))
+        return ended.status
+
+    def not_ready() -> str | None:
+        if not run.config_path.exists():
+            return f"run.dir={run.path} is not there, or out of reach"
+        try:
+            check_space(config, run)
+        except ConfigError as error:
+            return str(error)
+        return None
+
+    limits = config.run
+    return supervise(
+        attempt,
+        journal,
+        max_restarts=limits.max_restarts,
+        backoff_s=limits.backoff_seconds,
+        not_ready=not_ready,
+        say=lambda text: print(f"distattn: {text}", file=sys.stderr, flush=True),
+    )
 
 
 def _say(text: str) -> None:
@@ -82,12 +117,24 @@ def _train_as_rank(config: Config) -> int:
         stop = stack.enter_context(stop_on_signal())
         rank, _ = init_from_environment(ranks.device_type, timeout_s=config.train.timeout_seconds)
         # Our launcher's parent process has prepared the run; under another launcher nobody has.
-        if STORE_VARIABLE in os.environ or _prepared_by_rank_0(config, ranks, rank, stack):
+        if PREPARED_VARIABLE in os.environ or _prepared_by_rank_0(config, ranks, rank, stack):
             device = torch.device("cuda", torch.cuda.current_device()) if ranks.device_type == "cuda" else torch.device("cpu")
             mesh = build_mesh(ranks.data, ranks.context, rank, device)
-            Trainer(config, RunDir(config.run.dir), mesh, open_cache(config.data), stop).run()
+            _train_and_note_failures(config, mesh, stop)
     dist.destroy_process_group()
     return 0
+
+
+def _train_and_note_failures(config: Config, mesh: Mesh, stop: StopRequest) -> None:
+    run = RunDir(config.run.dir)
+    trainer = None
+    try:
+        trainer = Trainer(config, run, mesh, open_cache(config.data), stop)
+        trainer.run()
+    except Exception as error:
+        step = step_being_computed(run.path) if trainer is None else trainer.step + 1
+        Journal(run.path).failed(Failure(step, type(error).__name__, str(error), mesh.rank))
+        raise
 
 
 def _prepared_by_rank_0(config: Config, ranks: Ranks, rank: int, stack: ExitStack) -> bool:
@@ -96,6 +143,9 @@ def _prepared_by_rank_0(config: Config, ranks: Ranks, rank: int, stack: ExitStac
     if rank == 0:
         try:
             verdict = "train" if _prepare(config, ranks, stack) is not None else "finished"
+            restart = os.environ.get(RESTART_VARIABLE, "")
+            if verdict == "train" and restart != "noted":
+                Journal(config.run.dir).started(ranks.data * ranks.context, int(restart) if restart.isdecimal() else 0)
         except DistattnError as found:
             verdict, error = f"refused: {found}", found
     told = [verdict]

@@ -10,6 +10,7 @@ import json
 import threading
 import time
 import weakref
+from collections.abc import Callable
 
 import torch.distributed as dist
 from torch.distributed import distributed_c10d
@@ -22,10 +23,14 @@ _KINDS: dict[str, type[DistattnError]] = {"agreement": AgreementError, "transpor
 
 
 class Board:
-    """A group's notice board. Make one with ``board_of(group)``: all users of a group share its counters."""
+    """A group's notice board. Make one with ``board_of(group)``: all users of a group share its counters.
+
+    waiting: describes the transfer that this rank waits for at the moment, if it waits for one.
+    """
 
     def __init__(self, store: dist.Store, rank: int, num_ranks: int) -> None:
         self.store, self.rank, self.num_ranks = store, rank, num_ranks
+        self.waiting: Callable[[], str] | None = None
         self._num_plans = 0
         self._num_read = 0
         self._known: set[str] = set()
@@ -113,3 +118,14 @@ def board_of(group: dist.ProcessGroup) -> Board:
         store = distributed_c10d._get_process_group_store(group)
         _boards[group] = Board(store, dist.get_rank(group), dist.get_world_size(group))
     return _boards[group]
+
+
+def current_waits() -> list[str]:
+    """What this process waits for now, a sentence for each group: for a report of ranks that hang. Safe from any thread."""
+    found = []
+    for group, board in list(_boards.items()):
+        waiting = board.waiting
+        if waiting is not None:
+            members = ", ".join(map(str, dist.get_process_group_ranks(group)))
+            found.append(f"{waiting()} (as rank {board.rank} of the group of ranks {members})")
+    return found

@@ -7,14 +7,19 @@
 
 Keys and values that are needed again are routed, not reversed: reversed, a chunk would have to come from the far end of its
 way. Each slot is filled in time for its first use, from a rank of its node that holds the same rows by then, else from home.
+Where that takes a stage before the first one and keys come from other nodes, a third of what ranks compute at home is done
+there, for it needs no arrivals. On NVLink (two H100, 32K and 128K tokens) cutting that work cost more than the wait.
 """
 
 from __future__ import annotations
 
 import numpy as np
 
-from distattn.parallel.csr import expand, segment_starts
+from distattn.parallel.csr import expand
+from distattn.parallel.need import split_by_owner
 from distattn.parallel.program import (
+    ATTEND_H0,
+    ATTEND_H1,
     ATTEND_KV,
     ATTEND_Q,
     ATTEND_STAGE,
@@ -62,6 +67,8 @@ def derive_backward(program: Program, *, keep: bool = False, ranks_per_node: int
         moves = np.concatenate([moves, refill])
     moves[:, [MOVE_ISSUE, MOVE_DUE]] += prologue
     attends[:, ATTEND_STAGE] += prologue
+    if prologue and program.num_ranks > (ranks_per_node or program.num_ranks):
+        attends = _with_work_for_the_prologue(attends, program)
     moves = moves[np.lexsort((moves[:, MOVE_DUE], moves[:, MOVE_ISSUE]))]
     attends = attends[np.argsort(attends[:, ATTEND_STAGE], kind="stable")]
     return Program(
@@ -77,7 +84,25 @@ def derive_backward(program: Program, *, keep: bool = False, ranks_per_node: int
         backward=True,
         keep=keep,
         version=program.version,
+        keys=program.keys,
     )
+
+
+def _with_work_for_the_prologue(attends: np.ndarray, program: Program) -> np.ndarray:
+    """Move a third of the heads of every Attend between home slots to stage 0, where ranks would only wait for keys.
+
+    The rest stays where it hides the last gradients that come home: dK and dV in fp32 are twice the bytes of K and V.
+    """
+    homes, group = 2 * program.num_ranks, program.group_size
+    width = attends[:, ATTEND_H1] - attends[:, ATTEND_H0]
+    at_home = (attends[:, ATTEND_Q] < homes) & (attends[:, ATTEND_KV] < homes) & (width > 1)
+    third = np.maximum(width // 3, 1)
+    third = np.where(width > group, np.maximum(third // group, 1) * group, third)
+    early = attends[at_home]
+    cut = (attends[:, ATTEND_H0] + third)[at_home]
+    early[:, ATTEND_STAGE], early[:, ATTEND_H1] = 0, cut
+    attends[at_home, ATTEND_H0] = cut
+    return np.concatenate([early, attends])
 
 
 def _without_empty_results(moves: np.ndarray, attends: np.ndarray, program: Program) -> np.ndarray:
@@ -94,9 +119,7 @@ def _without_empty_results(moves: np.ndarray, attends: np.ndarray, program: Prog
         moves = moves[~empty]
 
 
-def _route_keys(
-    program: Program, attends: np.ndarray, ranks_per_node: int
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def _route_keys(program: Program, attends: np.ndarray, ranks_per_node: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """KV_IN moves that fill every received KV slot by its first backward use, and the row sets with those added."""
     slots = program.slots
     filled = np.unique(program.moves[program.moves[:, MOVE_KIND] == KV_IN, MOVE_DST])
@@ -126,32 +149,19 @@ def _route_keys(
     return np.concatenate([relays, homes]), row_ptr, row_ranges
 
 
-def _owners(
-    program: Program, row_sets: np.ndarray
-) -> tuple[tuple[np.ndarray, np.ndarray, np.ndarray], np.ndarray, np.ndarray]:
+def _owners(program: Program, row_sets: np.ndarray) -> tuple[tuple[np.ndarray, np.ndarray, np.ndarray], np.ndarray, np.ndarray]:
     """Split row sets by the rank that owns the rows: ((CSR pointer, owner, row set of the part), new row_ptr, new ranges)."""
-    layout = program.layout
-    order = np.argsort(layout.ranges[:, 0], kind="stable")
-    starts, ends, owners = layout.ranges[order, 0], layout.ranges[order, 1], layout.range_owner[order]
     distinct, inverse = np.unique(row_sets, return_inverse=True)
-    which, flat = expand(program.row_ptr[distinct], program.row_ptr[distinct + 1] - program.row_ptr[distinct])
-    ranges = program.row_ranges[flat]
-    lo = np.searchsorted(starts, ranges[:, 0], "right") - 1
-    hi = np.searchsorted(starts, ranges[:, 1], "left")
-    piece, at = expand(lo, hi - lo)
-    q0, q1 = np.maximum(ranges[piece, 0], starts[at]), np.minimum(ranges[piece, 1], ends[at])
-    key_set, owner = which[piece], owners[at]
-    by = np.lexsort((np.arange(len(piece)), owner, key_set))
-    key_set, owner, q0, q1 = key_set[by], owner[by], q0[by], q1[by]
-    first = segment_starts(key_set, owner)
-    new_ids = len(program.row_ptr) - 1 + np.arange(len(first))
-    part_counts = np.diff(np.append(first, len(q0)))
-    row_ptr = np.concatenate([program.row_ptr, program.row_ptr[-1] + np.cumsum(part_counts)])
-    row_ranges = np.concatenate([program.row_ranges, np.stack([q0, q1], 1)])
-    ptr = np.searchsorted(key_set[first], np.arange(len(distinct) + 1))
+    _, flat = expand(program.row_ptr[distinct], program.row_ptr[distinct + 1] - program.row_ptr[distinct])
+    set_ptr = np.append(0, np.cumsum(program.row_ptr[distinct + 1] - program.row_ptr[distinct]))
+    parts = split_by_owner(program.key_layout, set_ptr, program.row_ranges[flat])
+    new_ids = len(program.row_ptr) - 1 + np.arange(len(parts.owner))
+    row_ptr = np.concatenate([program.row_ptr, program.row_ptr[-1] + parts.ptr[1:]])
+    row_ranges = np.concatenate([program.row_ranges, parts.ranges])
+    ptr = np.searchsorted(parts.row_set, np.arange(len(distinct) + 1))
     _, flat = expand(ptr[inverse], (ptr[1:] - ptr[:-1])[inverse])
     out_ptr = np.concatenate([[0], np.cumsum((ptr[1:] - ptr[:-1])[inverse])])
-    return (out_ptr, owner[first][flat], new_ids[flat]), row_ptr, row_ranges
+    return (out_ptr, parts.owner[flat], new_ids[flat]), row_ptr, row_ranges
 
 
 def _nearest(

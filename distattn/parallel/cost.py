@@ -51,11 +51,15 @@ M_ISSUE, M_DUE, M_SRC, M_DST, M_BYTES = range(5)
 
 @dataclass(frozen=True)
 class Shape:
-    """The sizes that a Program leaves open: features per head of q, k and of v, o, and the input dtype's name."""
+    """The sizes that a Program leaves open: features per head of q, k and of v, o, and the input dtype's name.
+
+    needs_out: the backward kernel reads the forward's output (``Backend.needs_out``), which then travels with dO.
+    """
 
     head_dim: int
     value_dim: int
     dtype: str = "bfloat16"
+    needs_out: bool = False
 
     def __post_init__(self) -> None:
         if self.head_dim < 1 or self.value_dim < 1:
@@ -84,14 +88,14 @@ class Shape:
     def bundle_bytes(self, *, backward: bool, keep: bool = False) -> np.ndarray:
         """Bytes per (row, head) of a Move of each kind, int64 [4].
 
-        Forward: Q_IN q; KV_IN k, v; Q_OUT o as accumulated, and lse. Backward: Q_IN dO, lse, delta, and q where it was not
-        kept; KV_IN k, v; Q_OUT dq; KV_OUT dk, dv.
+        Forward: Q_IN q; KV_IN k, v; Q_OUT o as accumulated, and lse. Backward: Q_IN dO, lse, delta, q where it was not kept,
+        and o where the kernel needs it; KV_IN k, v; Q_OUT dq; KV_OUT dk, dv.
         """
         query, value, e, acc = self.head_dim, self.value_dim, self.input_bytes, self.accumulator_bytes
         out = np.zeros(4, np.int64)
         out[KV_IN] = (query + value) * e
         if backward:
-            out[Q_IN] = ((0 if keep else query) + value) * e + 2 * acc
+            out[Q_IN] = ((0 if keep else query) + (2 if self.needs_out else 1) * value) * e + 2 * acc
             out[Q_OUT] = query * acc
             out[KV_OUT] = (query + value) * acc
         else:
@@ -103,7 +107,8 @@ class Shape:
         """Bytes per (row, head) that a slot of each kind (Q, KV) holds, int64 [2]."""
         query, value, e, acc = self.head_dim, self.value_dim, self.input_bytes, self.accumulator_bytes
         if backward:
-            return np.array([(query + value) * e + 2 * acc + query * acc, (query + value) * (e + acc)])
+            values = (2 if self.needs_out else 1) * value
+            return np.array([(query + values) * e + 2 * acc + query * acc, (query + value) * (e + acc)])
         return np.array([query * e + (value + 2) * acc, (query + value) * e])
 
 
@@ -114,7 +119,8 @@ class Cost:
     area: allowed (query, key, head) triples that are computed; attend_area: pairs of each Attend, int64 [n].
     flops: int64 [P, S] by rank and stage. messages: int64 [m, 5], columns ``MESSAGE_COLUMNS``, one row per message between
     two ranks, sorted by (issue, due). resident_bytes: int64 [P, S + 1] by rank and time: slots only, the home ones included,
-    without the transport's staging buffers.
+    without the transport's staging buffers. absorbed_bytes: int64 [P, S + 1]: results and gradients that arrive by then to be
+    added to what the rank has.
     """
 
     backward: bool
@@ -123,6 +129,7 @@ class Cost:
     flops: np.ndarray = field(repr=False)
     messages: np.ndarray = field(repr=False)
     resident_bytes: np.ndarray = field(repr=False)
+    absorbed_bytes: np.ndarray = field(repr=False)
 
     @cached_property
     def flops_per_rank(self) -> np.ndarray:
@@ -170,6 +177,7 @@ def count(program: Program, mask: Mask, shape: Shape) -> Cost:
         flops=flops,
         messages=_messages(program, shape),
         resident_bytes=_resident_bytes(program, shape),
+        absorbed_bytes=_absorbed_bytes(program, shape),
     )
 
 
@@ -227,17 +235,33 @@ def _ranges_of(program: Program, row_sets: np.ndarray) -> tuple[np.ndarray, np.n
     return expand(program.row_ptr[row_sets], program.row_ptr[row_sets + 1] - program.row_ptr[row_sets])
 
 
-def _messages(program: Program, shape: Shape) -> np.ndarray:
-    """Bytes by (issue, due, src, dst) of all Moves between ranks, int64 [m, 5]."""
+def _move_bytes(program: Program, shape: Shape) -> np.ndarray:
+    """Bytes of each Move, int64 [m]."""
     moves, heads = program.moves, program.move_heads()
-    src, dst = program.slots[moves[:, MOVE_SRC], SLOT_RANK], program.slots[moves[:, MOVE_DST], SLOT_RANK]
     bundle = shape.bundle_bytes(backward=program.backward, keep=program.keep)
     per_row = bundle[moves[:, MOVE_KIND]]
     cells = program.row_counts[moves[:, MOVE_ROWS]] * (heads[:, 1] - heads[:, 0])
     if not program.backward:
         rounded = shape.value_dim * (shape.accumulator_bytes - shape.input_bytes)
         per_row = per_row - rounded * _arrives_final(program, cells)
-    size = cells * per_row
+    return cells * per_row
+
+
+def _absorbed_bytes(program: Program, shape: Shape) -> np.ndarray:
+    """Bytes of the reductions that are due at each rank and time, int64 [P, S + 1]."""
+    moves = program.moves
+    reduces = np.isin(moves[:, MOVE_KIND], (Q_OUT, KV_OUT))
+    out = np.zeros((program.num_ranks, program.num_stages + 1), np.int64)
+    into = program.slots[moves[reduces, MOVE_DST], SLOT_RANK]
+    np.add.at(out, (into, moves[reduces, MOVE_DUE]), _move_bytes(program, shape)[reduces])
+    return out
+
+
+def _messages(program: Program, shape: Shape) -> np.ndarray:
+    """Bytes by (issue, due, src, dst) of all Moves between ranks, int64 [m, 5]."""
+    moves = program.moves
+    src, dst = program.slots[moves[:, MOVE_SRC], SLOT_RANK], program.slots[moves[:, MOVE_DST], SLOT_RANK]
+    size = _move_bytes(program, shape)
     table = np.stack([moves[:, MOVE_ISSUE], moves[:, MOVE_DUE], src, dst, size], 1)[src != dst]
     table = table[np.lexsort(tuple(table[:, c] for c in (M_DST, M_SRC, M_DUE, M_ISSUE)))]
     first = segment_starts(*(table[:, c] for c in (M_ISSUE, M_DUE, M_SRC, M_DST)))

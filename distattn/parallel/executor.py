@@ -3,25 +3,32 @@
     for t in 0 … S:   wait for what is due, add it in table order │ pack and post what is issued │ yield │ compute │ yield
 
 Forward: every query slot carries a partial result (acc, m, l); a result leaves as (out, lse). Backward: every slot carries
-the sums dq, or dk and dv, in fp32 (fp64 for fp64 inputs), which travel as they are.
+the sums dq, or dk and dv, in fp32 (fp64 for fp64 inputs), which travel as they are, or rounded to ``reduce_dtype``.
 """
 
 from __future__ import annotations
 
 from collections.abc import Generator
 from dataclasses import dataclass
+from functools import partial
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from distattn.kernels.fresh import attend_backward_fresh, attend_fresh, clear_carry, whole_gradients
 from distattn.kernels.merge import accumulation_dtype, empty_carry, finish, merge_partial
-from distattn.kernels.protocol import Backend, Carry
+from distattn.kernels.protocol import Backend, Carry, Extras
 from distattn.parallel.lowering import ARRIVE, COMPUTE, HOME_KV, HOME_Q, POST, Exchange, Item, Lowered, Part, Rows
 from distattn.parallel.program import KV, KV_IN, KV_OUT, Q_IN, Q_OUT, Q
-from distattn.parallel.transport.base import Message, Pending, Transport
+from distattn.parallel.transport.base import Message, Parts, Pending, Transport
 
 _ALIGNMENT = 16
+_SUMS = ("acc", "m", "l", "dq", "dk", "dv")
+_HOME_SUMS = {"dq": HOME_Q, "dk": HOME_KV, "dv": HOME_KV}
+_MAX_PARTS = 16
+"""Tensors that one rank sends another in one exchange; more are packed into one buffer."""
 _KIND_NAMES = {Q_IN: "query", KV_IN: "KV", Q_OUT: "result", KV_OUT: "KV gradient"}
 
 POSTED, COMPUTED = "posted", "computed"
@@ -29,26 +36,35 @@ POSTED, COMPUTED = "posted", "computed"
 
 @dataclass(frozen=True)
 class Kernel:
-    """How tiles are computed: the backend and the numbers that it is given."""
+    """How tiles are computed: the backend, and what it is given besides tensors and tiles.
+
+    extras: in the coordinates of the home arenas, so that no others may take part.
+    """
 
     backend: Backend
     scale: float
     softcap: float | None = None
+    extras: Extras | None = None
 
 
 @dataclass(frozen=True)
 class Shape:
-    """What decides the size of every message, besides the program."""
+    """What decides the size of messages, besides the program. reduce_dtype: of travelling gradient sums, None: ``sums``."""
 
     batch: int
     head_dim: int
     value_dim: int
     dtype: torch.dtype
     needs_out: bool
+    reduce_dtype: torch.dtype | None = None
 
     @property
     def sums(self) -> torch.dtype:
         return accumulation_dtype(self.dtype)
+
+    @property
+    def travelling_sums(self) -> torch.dtype:
+        return self.reduce_dtype or self.sums
 
 
 @dataclass(frozen=True, eq=False)
@@ -67,14 +83,31 @@ class _Field:
 
 @dataclass(frozen=True, eq=False)
 class _Wire:
-    """An exchange's buffers on one rank for one Shape. arrivals are in table order."""
+    """An exchange's buffers on one rank for one Shape: per peer, and the items with their fields; arrivals in table order."""
 
     send_splits: list[int]
     receive_splits: list[int]
-    departures: list[tuple[Item, list[_Field]]]
+    departures: list[tuple[int, list[tuple[Item, list[_Field]]]]]
+    sources: list[tuple[int, list[tuple[Item, list[_Field]]]]]
     arrivals: list[tuple[Item, list[_Field]]]
-    send_bytes: int
-    receive_bytes: int
+
+    @property
+    def send_bytes(self) -> int:
+        return sum(self.send_splits)
+
+    @property
+    def receive_bytes(self) -> int:
+        return sum(self.receive_splits)
+
+    def receive_parts(self, buffer: Tensor) -> list[tuple[int, Tensor]]:
+        """Where the parts of each peer go: one a field, or one in all."""
+        found: list[tuple[int, Tensor]] = []
+        for peer, placed in self.sources:
+            if _num_fields(placed) <= _MAX_PARTS:
+                found += [(peer, buffer[field.start : field.stop]) for _, fields in placed for field in fields]
+            else:
+                found.append((peer, _part_of(buffer, self.receive_splits, peer)))
+        return found
 
 
 class Execution:
@@ -89,17 +122,21 @@ class Execution:
         *,
         label: str = "",
         kept: dict[str, list[Tensor | None]] | None = None,
+        reduce_dtype: torch.dtype | None = None,
         poison: bool = False,
     ) -> None:
         """home: the rank's own tensors q, k, v [B, S_local, heads, D]; in the backward also do, lse, delta, and out where
         the backend needs it. label: the schedule's name, for error messages. kept: the fields of a forward that kept what
-        it received. poison: fresh memory holds NaN."""
+        it received. reduce_dtype: in which gradient sums travel, default fp32 (fp64). poison: fresh memory holds NaN."""
         q, v = home["q"], home["v"]
         self.lowered, self.transport, self.kernel, self.poison = lowered, transport, kernel, poison
         self.label = label
-        self.shape = Shape(q.shape[0], q.shape[-1], v.shape[-1], q.dtype, lowered.backward and "out" in home)
+        needs_out = lowered.backward and "out" in home
+        self.shape = Shape(q.shape[0], q.shape[-1], v.shape[-1], q.dtype, needs_out, reduce_dtype)
         self.device = q.device
         self.fields: dict[str, list[Tensor | None]] = {}
+        self.unbegun: set[int] = set()  # arenas whose sums hold anything, and count as empty
+        self.late: dict[str, Tensor] = {}  # gradients at home that were not added to their sums yet
         self.in_flight: dict[int, tuple[Message, Pending]] = {}
         self._allocate(home, kept or {})
         key = self.shape
@@ -117,7 +154,8 @@ class Execution:
                 self._post(i)
             self._begin_sums(step.born[POST])
             for move in step.local:
-                self._absorb(move.kind, move.dst, self._bundle(move.kind, move.src, move.alone), move.alone)
+                tensors = self._bundle(move.kind, move.src, move.alone)
+                self._absorb(move.kind, move.dst, tensors, move.alone, lasts=self._lasts(move.src))
             yield POSTED, time
             self._begin_sums(step.born[COMPUTE])
             for group in step.groups:
@@ -130,12 +168,21 @@ class Execution:
             pass
 
     def result(self) -> tuple[Tensor, ...]:
-        """Forward: out in the inputs' dtype, lse. Backward: dq, dk, dv in fp32 (fp64)."""
+        """Forward: out in the inputs' dtype, lse. Backward: dq, dk, dv in fp32 (fp64), or rounded to the inputs' dtype."""
         if self.lowered.backward:
-            return self._field("dq", HOME_Q), self._field("dk", HOME_KV), self._field("dv", HOME_KV)
+            return tuple(self._gradient(name, home) for name, home in _HOME_SUMS.items())
         if self.lowered.out_alone:
             return self._field("out", HOME_Q), self._field("lse", HOME_Q)
         return finish(self._carry(HOME_Q), self.shape.dtype)
+
+    def _gradient(self, name: str, home: int) -> Tensor:
+        """A sum at home with what came last; both are added and rounded in one pass."""
+        late = self.late.pop(name, None)
+        if late is None:
+            return self._field(name, home)
+        if home in self.unbegun:
+            return late
+        return torch.add(self._field(name, home), late, out=torch.empty_like(late))
 
     def _allocate(self, home: dict[str, Tensor], kept: dict[str, list[Tensor | None]]) -> None:
         """One tensor per field and arena. Home arenas are the given tensors; sums at home start now."""
@@ -147,16 +194,19 @@ class Execution:
                     column[i] = home[name]
                 elif name in ("q", "k", "v") and name in kept:
                     column[i] = kept[name][i]
-                elif not (i == HOME_Q and lowered.out_alone and name in ("acc", "m", "l")):
-                    size = (s.batch, arena.num_rows, arena.num_heads, *width)
-                    fresh = torch.empty(size, dtype=dtype, device=self.device)
-                    column[i] = fresh.fill_(float("nan")) if self.poison else fresh
+                elif not arena.turns and not (i == HOME_Q and lowered.out_alone and name in ("acc", "m", "l")):
+                    column[i] = self._fresh(i, dtype, width)
         if lowered.out_alone:
             rows, heads = lowered.arenas[HOME_Q].num_rows, lowered.arenas[HOME_Q].num_heads
             empty = empty_carry(s.batch, rows, heads, s.value_dim, dtype=s.dtype, device=self.device)
             self.fields["out"], self.fields["lse"] = [empty.acc.to(s.dtype)], [empty.m]
-        whole = Rows(np.array([[0, lowered.arenas[HOME_Q].num_rows]]))
-        self._begin_sums([(HOME_Q, whole), (HOME_KV, whole)])
+        self._begin_sums([(i, Rows(np.array([[0, lowered.arenas[i].num_rows]]))) for i in (HOME_Q, HOME_KV)])
+
+    def _fresh(self, arena: int, dtype: torch.dtype, width: tuple[int, ...]) -> Tensor:
+        """Memory for a field of all rows of an arena."""
+        rows, heads = self.lowered.arenas[arena].num_rows, self.lowered.arenas[arena].num_heads
+        fresh = torch.empty((self.shape.batch, rows, heads, *width), dtype=dtype, device=self.device)
+        return fresh.fill_(float("nan")) if self.poison else fresh
 
     def _stored(self, kind: int) -> list[tuple[str, torch.dtype, tuple[int, ...]]]:
         """(field, dtype, trailing shape) of the slots of one kind."""
@@ -175,6 +225,11 @@ class Execution:
         return [*stored, ("dq", s.sums, (s.head_dim,))]
 
     def _field(self, name: str, arena: int) -> Tensor:
+        if arena in self.unbegun and name in _SUMS:
+            self._clear(arena)
+        if name in self.late and _HOME_SUMS[name] == arena:
+            late = self.late.pop(name)
+            self._field(name, arena).add_(late)
         tensor = self.fields[name][arena]
         assert tensor is not None, f"arena {arena} has no {name}"
         return tensor
@@ -192,29 +247,64 @@ class Execution:
                 starts = {"acc": 0.0, "m": float("-inf"), "l": 0.0}
             else:
                 starts = {}
+            if self.lowered.arenas[arena].turns:
+                for name, dtype, width in self._stored(kind):
+                    self.fields[name][arena] = self._fresh(arena, dtype, width) if name in starts else None
+            if arena in (HOME_Q, HOME_KV) or self.lowered.arenas[arena].turns:
+                # Cleared when somebody adds to them, if at all: transfers that start here do so before.
+                self.unbegun |= {arena} if starts else set()
+                continue
+            if self.poison and not self.lowered.keep:
+                for name, _, _ in self._stored(kind):
+                    self._field(name, arena)[:, where].fill_(float("nan"))
             for name, value in starts.items():
                 self._field(name, arena)[:, where].fill_(value)
-            if self.poison and arena not in (HOME_Q, HOME_KV) and not self.lowered.keep:
-                for name, _, _ in self._stored(kind):
-                    if name not in starts:
-                        self._field(name, arena)[:, where].fill_(float("nan"))
+
+    def _clear(self, arena: int) -> None:
+        """Make the sums of an arena empty that so far only counted as such."""
+        self.unbegun.discard(arena)
+        if not self.lowered.backward:
+            clear_carry(self._carry(arena))
+            return
+        for name in ("dq",) if self.lowered.arenas[arena].kind == Q else ("dk", "dv"):
+            total = self.fields[name][arena]
+            assert total is not None
+            total.zero_()
 
     def _post(self, number: int) -> None:
-        """Pack and send the messages of one exchange."""
+        """Send the messages of one exchange, packed or in parts."""
         assert self.transport is not None, "a program with messages needs a transport"
         wire, exchange = self.wires[number], self.lowered.exchanges[number]
-        send = torch.empty(wire.send_bytes, dtype=torch.uint8, device=self.device)
         receive = torch.empty(wire.receive_bytes, dtype=torch.uint8, device=self.device)
         if self.poison:
             receive.fill_(255)  # an all-ones pattern is NaN in every floating dtype
-        for item, fields in wire.departures:
-            for packed, tensor in zip(fields, self._bundle(item.kind, item.part, item.alone)):
-                packed.view(send).copy_(tensor)
+        sends: list[tuple[int, Tensor]] = []
+        send = torch.empty(0, dtype=torch.uint8, device=self.device)
+        for peer, placed in wire.departures:
+            in_parts = self.transport.takes_parts and _num_fields(placed) <= _MAX_PARTS
+            for item, fields in placed:
+                for field, tensor in zip(fields, self._bundle(item.kind, item.part, item.alone)):
+                    if in_parts and tensor.dtype == field.dtype and tensor.is_contiguous() and self._lasts(item.part):
+                        sends.append((peer, tensor.view(-1).view(torch.uint8)))
+                        continue
+                    if not len(send):
+                        send = torch.empty(wire.send_bytes, dtype=torch.uint8, device=self.device)
+                    field.view(send).copy_(tensor)
+                    if in_parts:
+                        sends.append((peer, send[field.start : field.stop]))
+            if not in_parts and self.transport.takes_parts:
+                sends.append((peer, _part_of(send, wire.send_splits, peer)))
+        parts = Parts(sends, wire.receive_parts(receive)) if self.transport.takes_parts else None
         message = Message(
             exchange.issue, exchange.due, send, receive, wire.send_splits, wire.receive_splits,
-            lambda: self._describe(exchange),
+            lambda: self._describe(exchange), parts,
         )  # fmt: skip
         self.in_flight[number] = (message, self.transport.post(message))
+
+    def _lasts(self, part: Part) -> bool:
+        """Whether nobody writes where a Move reads before it is done: inputs, and slots with tensors of their own."""
+        given = part.arena in (HOME_Q, HOME_KV)
+        return given or self.lowered.arenas[part.arena].turns
 
     def _arrive(self, numbers: list[int]) -> None:
         """Wait for exchanges and take their items in table order, which fixes the order of sums."""
@@ -226,7 +316,7 @@ class Execution:
         if len(numbers) > 1:
             arrived.sort(key=lambda entry: entry[0])
         for _, item, fields, buffer in arrived:
-            self._absorb(item.kind, item.part, [packed.view(buffer) for packed in fields], item.alone)
+            self._absorb(item.kind, item.part, [packed.view(buffer) for packed in fields], item.alone, lasts=True)
 
     def _bundle(self, kind: int, part: Part, alone: bool) -> list[Tensor]:
         """The tensors of one Move at its source, [B, n, h, …]; views or copies."""
@@ -235,8 +325,9 @@ class Execution:
             return list(finish(carry, self.shape.dtype if alone else self.shape.sums))
         return [_take(self._field(name, part.arena), part) for name, _, _ in _bundle(kind, self.lowered, self.shape, alone)]
 
-    def _absorb(self, kind: int, part: Part, tensors: list[Tensor], alone: bool) -> None:
-        """Take one Move's tensors at its destination: copy, add, or merge by LSE."""
+    def _absorb(self, kind: int, part: Part, tensors: list[Tensor], alone: bool, *, lasts: bool) -> None:
+        """Take one Move's tensors at its destination: copy, add, or merge by LSE. lasts: they keep their values, so that a
+        slot which they fill may have them as its own."""
         if kind == Q_OUT and not self.lowered.backward:
             if part.arena == HOME_Q and self.lowered.out_alone:
                 for name, tensor in zip(("out", "lse"), tensors):
@@ -249,23 +340,52 @@ class Execution:
                 for view, merged in zip(views, carry):
                     _copy(view, part, merged)
             return
-        put = _copy if kind in (Q_IN, KV_IN) else _add
-        for (name, _, _), tensor in zip(_bundle(kind, self.lowered, self.shape, alone), tensors):
-            put(self._field(name, part.arena), part, tensor)
+        arena = self.lowered.arenas[part.arena]
+        copies = kind in (Q_IN, KV_IN)
+        fills = part.rows.count == arena.num_rows and part.h1 - part.h0 == arena.num_heads and part.rows.slice is not None
+        empty = part.arena in self.unbegun and tensors[0].dtype == self.shape.sums
+        taken = fills and lasts and (arena.turns if copies else empty)
+        if taken and not copies:
+            self.unbegun.discard(part.arena)
+        for (name, dtype, width), tensor in zip(_bundle(kind, self.lowered, self.shape, alone), tensors):
+            if taken:
+                self.fields[name][part.arena] = tensor
+                continue
+            if self.fields[name][part.arena] is None:
+                self.fields[name][part.arena] = self._fresh(part.arena, dtype, width)
+            (_copy if copies else _add)(self._field(name, part.arena), part, tensor)
 
     def _attend(self, q_arena: int, kv_arena: int, tiles: np.ndarray) -> None:
         """One backend call over two arenas."""
         kernel, at = self.kernel, self._field
         q, k, v = at("q", q_arena), at("k", kv_arena), at("v", kv_arena)
-        numbers = {"group": self.lowered.group, "scale": kernel.scale, "softcap": kernel.softcap}
+        numbers: dict[str, Any] = {"group": self.lowered.group, "scale": kernel.scale, "softcap": kernel.softcap}
+        if kernel.extras is not None:
+            assert (q_arena, kv_arena) == (HOME_Q, HOME_KV), "extras know only the rows of the home arenas"
+            numbers["extras"] = kernel.extras
         if not self.lowered.backward:
-            kernel.backend.attend(q, k, v, tiles, self._carry(q_arena), **numbers)
+            attend = partial(attend_fresh, kernel.backend) if q_arena in self.unbegun else kernel.backend.attend
+            self.unbegun.discard(q_arena)
+            attend(q, k, v, tiles, self._carry(q_arena), **numbers)
             return
         out = at("out", q_arena) if self.shape.needs_out else None
-        kernel.backend.attend_backward(
-            q, k, v, out, at("lse", q_arena), at("do", q_arena), at("delta", q_arena), tiles,
-            at("dq", q_arena), at("dk", kv_arena), at("dv", kv_arena), **numbers,
-        )  # fmt: skip
+        given = (q, k, v, out, at("lse", q_arena), at("do", q_arena))
+        if (q_arena, kv_arena) == (HOME_Q, HOME_KV) and not self.late:
+            gradients = whole_gradients(kernel.backend, *given, tiles, **numbers)
+            if gradients is not None:
+                self.late = dict(zip(_HOME_SUMS, gradients))
+                return
+        for name, home in _HOME_SUMS.items():
+            if name in self.late and home in (q_arena, kv_arena):
+                at(name, home)  # adds what is late
+        new = (q_arena in self.unbegun, kv_arena in self.unbegun)
+        self.unbegun -= {q_arena, kv_arena}
+        inputs = (*given, at("delta", q_arena), tiles)
+        sums = (at("dq", q_arena), at("dk", kv_arena), at("dv", kv_arena))
+        if any(new):
+            attend_backward_fresh(kernel.backend, *inputs, sums, (new[0], new[1], new[1]), **numbers)
+        else:
+            kernel.backend.attend_backward(*inputs, *sums, **numbers)
 
     def _describe(self, exchange: Exchange) -> str:
         """Such as "at stage 2 of the ring forward for KV rows from rank 0"."""
@@ -289,13 +409,13 @@ def _bundle(kind: int, lowered: Lowered, s: Shape, alone: bool) -> list[tuple[st
     if kind == KV_IN:
         return [("k", s.dtype, (s.head_dim,)), ("v", s.dtype, (s.value_dim,))]
     if kind == KV_OUT:
-        return [("dk", s.sums, (s.head_dim,)), ("dv", s.sums, (s.value_dim,))]
+        return [("dk", s.travelling_sums, (s.head_dim,)), ("dv", s.travelling_sums, (s.value_dim,))]
     if not lowered.backward:
         if kind == Q_IN:
             return [("q", s.dtype, (s.head_dim,))]
         return [("out", s.dtype if alone else s.sums, (s.value_dim,)), ("lse", s.sums, ())]
     if kind == Q_OUT:
-        return [("dq", s.sums, (s.head_dim,))]
+        return [("dq", s.travelling_sums, (s.head_dim,))]
     bundle = [] if lowered.keep else [("q", s.dtype, (s.head_dim,))]
     bundle += [("do", s.dtype, (s.value_dim,)), ("lse", s.sums, ()), ("delta", s.sums, ())]
     return [*bundle, ("out", s.dtype, (s.value_dim,))] if s.needs_out else bundle
@@ -304,10 +424,12 @@ def _bundle(kind: int, lowered: Lowered, s: Shape, alone: bool) -> list[tuple[st
 def _wire(lowered: Lowered, exchange: Exchange, shape: Shape) -> _Wire:
     """Byte layout of one exchange on this rank; sender and receiver derive the same from the global tables."""
 
-    def layout(messages: tuple[tuple[int, tuple[Item, ...]], ...]) -> tuple[list[int], list[tuple[Item, list[_Field]]]]:
-        splits, placed, start = [0] * lowered.num_ranks, [], 0
+    def layout(
+        messages: tuple[tuple[int, tuple[Item, ...]], ...],
+    ) -> tuple[list[int], list[tuple[int, list[tuple[Item, list[_Field]]]]]]:
+        splits, by_peer, start = [0] * lowered.num_ranks, [], 0
         for peer, items in messages:
-            first = start
+            first, placed = start, []
             for item in items:
                 fields = []
                 for name, dtype, width in _bundle(item.kind, lowered, shape, item.alone):
@@ -316,13 +438,23 @@ def _wire(lowered: Lowered, exchange: Exchange, shape: Shape) -> _Wire:
                     fields.append(_Field(name, start, stop, dtype, size))
                     start = -(-stop // _ALIGNMENT) * _ALIGNMENT
                 placed.append((item, fields))
+            by_peer.append((peer, placed))
             splits[peer] = start - first
-        return splits, placed
+        return splits, by_peer
 
     send_splits, departures = layout(exchange.sends)
-    receive_splits, arrivals = layout(exchange.receives)
-    arrivals.sort(key=lambda entry: entry[0].move)
-    return _Wire(send_splits, receive_splits, departures, arrivals, sum(send_splits), sum(receive_splits))
+    receive_splits, sources = layout(exchange.receives)
+    arrivals = sorted((entry for _, placed in sources for entry in placed), key=lambda entry: entry[0].move)
+    return _Wire(send_splits, receive_splits, departures, sources, arrivals)
+
+
+def _num_fields(placed: list[tuple[Item, list[_Field]]]) -> int:
+    return sum(len(fields) for _, fields in placed)
+
+
+def _part_of(buffer: Tensor, splits: list[int], peer: int) -> Tensor:
+    start = sum(splits[:peer])
+    return buffer[start : start + splits[peer]]
 
 
 def _take(tensor: Tensor, part: Part) -> Tensor:
@@ -346,4 +478,4 @@ def _add(tensor: Tensor, part: Part, value: Tensor) -> None:
     if part.rows.slice is not None:
         heads[:, part.rows.slice].add_(value)
     else:
-        heads.index_add_(1, part.rows.index(tensor.device), value)
+        heads.index_add_(1, part.rows.index(tensor.device), value.to(tensor.dtype))

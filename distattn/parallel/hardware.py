@@ -5,11 +5,17 @@ Rates of links are per rank and direction. Ranks fill nodes in order: rank r sit
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+import math
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
+from distattn.calibration import Calibration, KernelRate, load_calibration
 from distattn.errors import ConfigError
+from distattn.kernels.selection import shipped_rates
+
+MEASURED = "measured"
+"""The hardware that ``distattn bench calibrate`` found here."""
 
 
 @dataclass(frozen=True)
@@ -19,7 +25,10 @@ class Hardware:
     forward_tflops, backward_tflops: what an attention kernel sustains at long lengths, 10^12 FLOP/s per rank.
     inside_gb_per_second, between_gb_per_second: 10^9 bytes/s that a rank sends (and at once receives) in and across nodes.
     inside_latency_us, between_latency_us: from posting a message to its first byte.
-    launch_us: start of the kernels of one stage.
+    launch_us: start of the kernels of one stage. copy_gb_per_second: at which a device reads and writes its own memory, for
+    merging what arrives; infinite: not counted. kernels: measured rates, which then take the place of tflops and launch_us;
+    calibration: their digest, so that ranks can compare what they predict with. needs_out: the backward kernels read the
+    forward's output, which travels where queries do.
     """
 
     name: str
@@ -31,15 +40,22 @@ class Hardware:
     inside_latency_us: float
     between_latency_us: float
     launch_us: float
+    copy_gb_per_second: float = math.inf
+    kernels: tuple[KernelRate, ...] = field(default=(), repr=False)
+    calibration: str = ""
+    needs_out: bool = False
 
     def __post_init__(self) -> None:
-        rates = ("ranks_per_node", "forward_tflops", "backward_tflops", "inside_gb_per_second", "between_gb_per_second")
-        for field in rates:
-            if not getattr(self, field) > 0:
-                raise ConfigError(f"hardware {self.name}: {field} must be positive, got {getattr(self, field)}")
-        for field in ("inside_latency_us", "between_latency_us", "launch_us"):
-            if not getattr(self, field) >= 0:
-                raise ConfigError(f"hardware {self.name}: {field} must not be negative, got {getattr(self, field)}")
+        rates = (
+            "ranks_per_node", "forward_tflops", "backward_tflops", "inside_gb_per_second", "between_gb_per_second",
+            "copy_gb_per_second",
+        )  # fmt: skip
+        for rate in rates:
+            if not getattr(self, rate) > 0:
+                raise ConfigError(f"hardware {self.name}: {rate} must be positive, got {getattr(self, rate)}")
+        for time in ("inside_latency_us", "between_latency_us", "launch_us"):
+            if not getattr(self, time) >= 0:
+                raise ConfigError(f"hardware {self.name}: {time} must not be negative, got {getattr(self, time)}")
 
     def flops_per_second(self, *, backward: bool) -> float:
         return (self.backward_tflops if backward else self.forward_tflops) * 1e12
@@ -71,6 +87,7 @@ _H100 = Hardware(
     inside_latency_us=10,
     between_latency_us=20,
     launch_us=10,
+    needs_out=True,
 )
 HARDWARE: dict[str, Hardware] = {
     "cpu": Hardware(
@@ -83,6 +100,7 @@ HARDWARE: dict[str, Hardware] = {
         inside_latency_us=200,
         between_latency_us=200,
         launch_us=50,
+        needs_out=True,
     ),
     "h100": _H100,
     # The H200 differs in memory only; attention at long lengths is bound by arithmetic.
@@ -97,12 +115,57 @@ HARDWARE: dict[str, Hardware] = {
         inside_latency_us=10,
         between_latency_us=20,
         launch_us=10,
+        needs_out=True,
     ),
 }
 
 
+_COPY_GB_PER_SECOND = {"h100": 3000.0, "h200": 4300.0, "a100": 1500.0}
+"""What a copy on the device moves, read and written: the H100 and H200 measured, the A100 at 75 % of its data sheet."""
+
+
 def find_hardware(name: str) -> Hardware:
-    """The preset of this name; ConfigError lists those there are."""
+    """The preset of this name, or what was measured here; ConfigError lists those there are."""
+    if name == MEASURED:
+        calibration = load_calibration()
+        if calibration is None:
+            raise ConfigError("nothing was measured here yet: run `distattn bench calibrate`, or name another hardware")
+        return calibrated(calibration)
     if name not in HARDWARE:
-        raise ConfigError(f"unknown hardware {name!r}: choose one of {', '.join(HARDWARE)}")
+        raise ConfigError(f"unknown hardware {name!r}: choose one of {', '.join([*HARDWARE, MEASURED])}")
     return HARDWARE[name]
+
+
+def hardware_here(*, on_gpu: bool) -> Hardware:
+    """What predictions on this machine rest on: its calibration where it has one with links, else a preset."""
+    if not on_gpu:
+        return HARDWARE["cpu"]
+    calibration = load_calibration()
+    return HARDWARE["h100"] if calibration is None or not calibration.links else calibrated(calibration)
+
+
+def calibrated(calibration: Calibration, *, ranks_per_node: int | None = None) -> Hardware:
+    """The preset of this kind of device with measured rates in it, as far as there are any.
+
+    ranks_per_node: None takes the preset's, or for the device of one machine as many ranks as its links were measured with.
+    """
+    family = next((name for name in HARDWARE if name in calibration.device.lower()), "cpu")
+    found = replace(
+        HARDWARE[family],
+        name=f"{MEASURED} {calibration.device}",
+        calibration=calibration.digest,
+        copy_gb_per_second=_COPY_GB_PER_SECOND.get(family, math.inf),
+    )
+    for scope in ("inside", "between"):
+        # A ring's messages are the ones that have a link to themselves; an all-to-all's are predicted from them.
+        links = [x for x in calibration.links if x.scope == scope]
+        links.sort(key=lambda x: x.operation != "ring")
+        if links:
+            rates = {f"{scope}_gb_per_second": links[0].gb_per_second, f"{scope}_latency_us": links[0].latency_us}
+            found = replace(found, **rates)
+    if ranks_per_node is not None:
+        found = replace(found, ranks_per_node=ranks_per_node)
+    kernels = calibration.kernels
+    if not kernels and family in ("h100", "h200"):
+        kernels = shipped_rates().kernels
+    return replace(found, kernels=kernels)

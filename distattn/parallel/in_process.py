@@ -41,21 +41,27 @@ def run_in_process(
     backward_program: Program | None = None,
     scale: float | None = None,
     softcap: float | None = None,
+    reduce_dtype: torch.dtype | None = None,
     poison: bool = False,
+    takes_parts: bool = False,
 ) -> InProcessResult:
     """All ranks of ``program`` in lockstep through a mailbox, forward and, given ``do``, backward.
 
-    q [B, S, H, D], k [B, S, Hk, D], v [B, S, Hk, Dv]: global tensors; do like out, dlse [B, S, H].
+    q [B, S, H, D], k [B, Sk, Hk, D], v [B, Sk, Hk, Dv]: global tensors; do like out, dlse [B, S, H].
     backward_program: default ``derive_backward(program)``; with ``keep`` the forward keeps what it receives.
-    poison: fresh memory holds NaN, so that reading what was never written shows in the result.
+    reduce_dtype: in which gradient sums travel, default fp32 (fp64). poison: fresh memory holds NaN, so that reading what was
+    never written shows in the result. takes_parts: messages travel in parts, as on NCCL.
     Raises TransportError if a message is missing or left over.
     """
     backward = backward_program or (derive_backward(program) if do is not None else None)
     keep = backward is not None and backward.keep
     kernel = Kernel(backend, q.shape[-1] ** -0.5 if scale is None else scale, softcap)
-    box = Mailbox(program.num_ranks)
-    rows = [torch.from_numpy(program.layout.rows(rank)).to(q.device) for rank in range(program.num_ranks)]
-    local = [{name: x[:, r] for name, x in (("q", q), ("k", k), ("v", v))} for r in rows]
+    box = Mailbox(program.num_ranks, takes_parts=takes_parts)
+    rows, keys = (
+        [torch.from_numpy(layout.rows(rank)).to(q.device) for rank in range(program.num_ranks)]
+        for layout in (program.layout, program.key_layout)
+    )
+    local = [{"q": q[:, r], "k": k[:, s], "v": v[:, s]} for r, s in zip(rows, keys)]
     forward = [
         Execution(lower(program, mask, rank, keep=keep), box.endpoint(rank), kernel, home, poison=poison)
         for rank, home in enumerate(local)
@@ -74,9 +80,11 @@ def run_in_process(
             home["out"] = out_local
         lowered = lower(backward, mask, rank)
         kept = forward[rank].fields if keep else None
-        passes.append(Execution(lowered, box.endpoint(rank), kernel, home, kept=kept, poison=poison))
+        endpoint = box.endpoint(rank)
+        passes.append(Execution(lowered, endpoint, kernel, home, kept=kept, reduce_dtype=reduce_dtype, poison=poison))
     _lockstep(passes, box)
-    dq, dk, dv = (_scatter(rows, parts) for parts in zip(*(x.result() for x in passes)))
+    dq, dk, dv = zip(*(x.result() for x in passes))
+    dq, dk, dv = _scatter(rows, dq), _scatter(keys, dk), _scatter(keys, dv)
     return InProcessResult(out, lse, dq, dk, dv)
 
 

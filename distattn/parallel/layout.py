@@ -7,15 +7,22 @@ mask; it decides balance and traffic. Row counts may differ between ranks and ma
 from __future__ import annotations
 
 import hashlib
+import heapq
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 
 import numpy as np
 
+from distattn import bands as band_algebra
 from distattn.errors import LayoutError
+from distattn.mask import Mask
+from distattn.parallel.csr import expand
 
 MAX_STRIPES_PER_RANK = 32
+
+_FINE_BALANCE = 1.02
+"""Busiest rank over the mean at which finer chunks are not worth their cuts."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -75,6 +82,19 @@ class Layout:
         parts = [np.arange(a, b) for a, b in self.rank_ranges(rank).tolist()]
         return np.concatenate(parts) if parts else np.zeros(0, np.int64)
 
+    def grouped(self, group: np.ndarray) -> Layout:
+        """What groups of ranks hold together, in ascending order; group: int64 [P], the group of each rank."""
+        owner = np.asarray(group)[self.range_owner]
+        num_groups = int(np.max(group)) + 1
+        return _from_owned(self.name, self.num_rows, num_groups, self.ranges[:, 0], self.ranges[:, 1], owner)
+
+    def reordered(self, order: Sequence[int] | np.ndarray) -> Layout:
+        """The same shares on other ranks: rank ``order[i]`` holds what rank i held."""
+        share = np.argsort(order)
+        parts = [self.rank_ranges(int(i)) for i in share]
+        ptr = np.concatenate([[0], np.cumsum([len(x) for x in parts])])
+        return Layout(self.name, self.num_rows, ptr, np.concatenate(parts))
+
     @classmethod
     def given(cls, ranges: Sequence[Iterable[tuple[int, int]]], *, name: str = "given") -> Layout:
         """The ranges of each rank as the caller has them (another framework's placement); empty ranges are dropped."""
@@ -127,6 +147,26 @@ class Layout:
         return _from_owned("per_document_zigzag", num_rows, num_ranks, q0, q1, np.concatenate([ranks, chosen]))
 
     @classmethod
+    def balanced(cls, mask: Mask, num_ranks: int) -> Layout:
+        """Equal rows and nearly equal mask area on every rank: chunks dealt by area (after MagiAttention, arXiv 2505.13211).
+
+        Documents that the mask keeps apart stay whole where they are small; the others are cut into equal chunks, as few as
+        balance allows. The largest chunk comes first, each to the rank with the least area that has room; what does not fit
+        is cut. Of a causal mask this makes the zigzag layout.
+        """
+        _check(mask.num_queries, num_ranks)
+        best: tuple[int, Layout] | None = None
+        for chunks_per_rank in (2, 4, 8, 16):
+            layout = _dealt(mask, num_ranks, chunks_per_rank)
+            busiest = int(area_per_rank(mask, layout).max(initial=0))
+            if best is None or busiest < best[0]:
+                best = busiest, layout
+            if best[0] * num_ranks <= _FINE_BALANCE * mask.area:
+                break
+        assert best is not None
+        return best[1]
+
+    @classmethod
     def striped(cls, num_rows: int, num_ranks: int, *, block: int = 1) -> Layout:
         """Blocks of ``block`` rows dealt round robin; at most 32 blocks a rank, larger blocks otherwise."""
         _check(num_rows, num_ranks)
@@ -143,10 +183,68 @@ def _check(num_rows: int, num_ranks: int) -> None:
         raise LayoutError(f"a layout needs rows >= 0 and ranks >= 1, got {num_rows} rows and {num_ranks} ranks")
 
 
+def area_per_rank(mask: Mask, layout: Layout) -> np.ndarray:
+    """Allowed pairs of each rank's queries, int64 [P]: the balance of a layout, from one cut along the queries."""
+    order = np.argsort(layout.ranges[:, 0], kind="stable")
+    area = np.zeros(layout.num_ranks, np.int64)
+    np.add.at(area, layout.range_owner[order], _area_between(mask, layout.ranges[order, 0]))
+    return area
+
+
+def _area_between(mask: Mask, starts: np.ndarray) -> np.ndarray:
+    """Allowed pairs of the queries from each start to the next, int64; starts: sorted, the first is 0."""
+    pieces, _, strip = band_algebra.cut_axis(mask.bands, starts[1:], 0)
+    area = np.zeros(len(starts), np.int64)
+    np.add.at(area, strip, band_algebra.area(pieces))
+    return area
+
+
+def _dealt(mask: Mask, num_ranks: int, chunks_per_rank: int) -> Layout:
+    """``Layout.balanced`` for one size of chunks: at most 1/chunks_per_rank of a rank's rows, and as much area twice over."""
+    n = mask.num_queries
+    edges = mask.segments() if mask.num_queries == mask.num_keys else np.array([0, n])
+    starts, lengths = edges[:-1], np.diff(edges)
+    if not len(starts):
+        return Layout.contiguous(n, num_ranks)
+    # Of a causal document cut into k equal chunks the last has nearly 2/k of the area.
+    share = _area_between(mask, starts) * (num_ranks * chunks_per_rank) / max(mask.area, 1)
+    cuts = np.ceil(np.maximum(lengths * (num_ranks * chunks_per_rank) / n, share)).astype(np.int64)
+    cuts = np.clip(cuts, 1, lengths)
+    document, part = expand(0 * cuts, cuts)
+    first = starts[document] + part * lengths[document] // cuts[document]
+    rows = np.diff(np.append(first, n))
+    owner, begin, count = _fill(rows, _area_between(mask, first), np.diff(np.arange(num_ranks + 1) * n // num_ranks))
+    chunk = np.repeat(np.arange(len(rows)), count)
+    start = first[chunk] + begin
+    stop = np.append(start[1:], n)
+    return _from_owned("balanced", n, num_ranks, start, stop, owner)
+
+
+def _fill(rows: np.ndarray, area: np.ndarray, room: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Deal chunks to ranks, the largest area first, each to the rank with the least area that has room left.
+
+    Returns, chunk by chunk: (rank of each part, its first row within the chunk), and the number of parts of each chunk.
+    """
+    left = room.tolist()
+    heap = [(0.0, r) for r, free in enumerate(left) if free]
+    heapq.heapify(heap)
+    parts: list[list[tuple[int, int]]] = [[] for _ in range(len(rows))]
+    for i in np.lexsort((-rows, -area)).tolist():
+        done, size = 0, int(rows[i])
+        while done < size:
+            load, r = heapq.heappop(heap)
+            taken = min(size - done, left[r])
+            parts[i].append((r, done))
+            done += taken
+            left[r] -= taken
+            if left[r]:
+                heapq.heappush(heap, (load + float(area[i]) * taken / size, r))
+    flat = np.array([x for part in parts for x in part], np.int64).reshape(-1, 2)
+    return flat[:, 0], flat[:, 1], np.array([len(x) for x in parts], np.int64)
+
+
 def _least_loaded(lengths: np.ndarray, held: np.ndarray) -> np.ndarray:
     """Longest first, each to the rank that holds the fewest rows so far."""
-    import heapq
-
     heap = [(int(n), r) for r, n in enumerate(held)]
     heapq.heapify(heap)
     chosen = np.zeros(len(lengths), np.int64)

@@ -54,11 +54,16 @@ _CACHE_SIZE = 64
 
 @dataclass(frozen=True)
 class Arena:
-    """Rows that slots of one kind and head count share. ``num_rows`` of the home arenas is the rank's share of the layout."""
+    """Rows that slots of one kind and head count share. ``num_rows`` of the home arenas is the rank's share of the layout.
+
+    turns: its slots all fill it, one after the other, so that each may have tensors of its own: what arrives is not copied
+    into place, and what leaves need not be out before the next one comes.
+    """
 
     kind: int
     num_heads: int
     num_rows: int
+    turns: bool = False
 
 
 class Rows:
@@ -273,8 +278,11 @@ class _Lowering:
     def _arenas(self) -> tuple[Arena, ...]:
         """Give every slot of the rank its rows, and note when its accumulators start."""
         rank, counts = self.rank, self.program.row_counts
-        home_rows = int(self.program.layout.counts[rank])
-        arenas = [Arena(Q, self.program.heads, home_rows), Arena(KV, self.program.kv_heads, home_rows)]
+        p = self.program
+        arenas = [
+            Arena(Q, p.heads, int(p.layout.counts[rank])),
+            Arena(KV, p.kv_heads, int(p.key_layout.counts[rank])),
+        ]
         birth, death = self._lifetimes()
         used = np.flatnonzero((self.slots[:, SLOT_RANK] == rank) & (death >= 0))
         used = used[(used != 2 * rank) & (used != 2 * rank + 1)]
@@ -290,7 +298,7 @@ class _Lowering:
                 self.arena_of[slot], self.base_of[slot] = len(arenas), base
                 time, phase = divmod(int(birth[slot]), NUM_PHASES)
                 self.steps[time].born[phase].append((len(arenas), Rows(np.array([[base, size]]))))
-            arenas.append(Arena(kind, heads, total))
+            arenas.append(Arena(kind, heads, total, turns=not self.keep and bool((sizes == total).all())))
         return tuple(arenas)
 
     def _lifetimes(self) -> tuple[np.ndarray, np.ndarray]:

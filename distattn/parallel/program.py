@@ -17,6 +17,7 @@ Tables are global (all ranks), immutable int64 arrays with these columns:
 ====================  =======================================================================
 
 Slots 2r and 2r+1 are rank r's home: the rows of the layout, with all heads. Heads of a Move are those of the narrower slot.
+In cross attention keys have a layout of their own, and row sets of KV slots count key rows.
 """
 
 from __future__ import annotations
@@ -48,7 +49,10 @@ ATTEND_STAGE, ATTEND_Q, ATTEND_KV, ATTEND_Q_ROWS, ATTEND_KV_ROWS, ATTEND_H0, ATT
 
 @dataclass(frozen=True, eq=False)
 class Program:
-    """See the module's docstring. ``backward`` marks a program derived by ``derive_backward``."""
+    """See the module's docstring. ``backward`` marks a program derived by ``derive_backward``.
+
+    layout: of the queries, and of the keys where ``keys`` is None; keys: the keys' own layout, in cross attention.
+    """
 
     heads: int
     kv_heads: int
@@ -62,6 +66,7 @@ class Program:
     backward: bool = False
     keep: bool = False
     version: int = VERSION
+    keys: Layout | None = None
 
     def __post_init__(self) -> None:
         for name, columns in (("row_ranges", 2), ("slots", 5), ("moves", 6), ("attends", 7)):
@@ -73,6 +78,11 @@ class Program:
     @property
     def num_ranks(self) -> int:
         return self.layout.num_ranks
+
+    @property
+    def key_layout(self) -> Layout:
+        """Which key rows each rank holds."""
+        return self.keys or self.layout
 
     @property
     def group_size(self) -> int:
@@ -91,6 +101,8 @@ class Program:
         h = hashlib.blake2b(digest_size=16)
         h.update(repr((self.version, self.heads, self.kv_heads, self.num_stages, self.backward, self.keep)).encode())
         h.update(self.layout.digest.encode())
+        if self.keys is not None:
+            h.update(self.keys.digest.encode())
         for table in (self.row_ptr, self.row_ranges, self.slots, self.moves, self.attends):
             h.update(table.tobytes())
         return h.hexdigest()
@@ -102,9 +114,7 @@ class Program:
     def move_heads(self) -> np.ndarray:
         """Heads [h0, h1) of each Move, int64 [m, 2]: those of the narrower slot."""
         src, dst = self.slots[self.moves[:, MOVE_SRC]], self.slots[self.moves[:, MOVE_DST]]
-        return np.stack(
-            [np.maximum(src[:, SLOT_H0], dst[:, SLOT_H0]), np.minimum(src[:, SLOT_H1], dst[:, SLOT_H1])], axis=1
-        )
+        return np.stack([np.maximum(src[:, SLOT_H0], dst[:, SLOT_H0]), np.minimum(src[:, SLOT_H1], dst[:, SLOT_H1])], axis=1)
 
     def verify(self, mask: Mask, *, max_rows_per_rank: int | None = None) -> Report:
         """Prove the invariants without running: every allowed (query, key, head) once, every slot filled once before its
@@ -117,9 +127,10 @@ class Program:
 class ProgramBuilder:
     """Collects tables. Schedulers append whole arrays; a Python loop over rank pairs is a bug."""
 
-    def __init__(self, layout: Layout, heads: int, kv_heads: int) -> None:
+    def __init__(self, layout: Layout, heads: int, kv_heads: int, key_layout: Layout | None = None) -> None:
+        """key_layout: of the keys, where they are not the queries' rows. home_rows, home_keys: row set of each rank, [P]."""
         check_heads(heads, kv_heads)
-        self.layout, self.heads, self.kv_heads = layout, heads, kv_heads
+        self.layout, self.heads, self.kv_heads, self.keys = layout, heads, kv_heads, key_layout
         self._sets: list[np.ndarray] = []
         self._num_sets = 0
         self._set_lengths: list[np.ndarray] = []
@@ -127,12 +138,14 @@ class ProgramBuilder:
         self._num_slots = 0
         self._moves: list[np.ndarray] = []
         self._attends: list[np.ndarray] = []
-        self.home_rows = self.add_row_sets(layout.ptr, layout.ranges)
+        self.home_rows = self.home_keys = self.add_row_sets(layout.ptr, layout.ranges)
+        if key_layout is not None:
+            self.home_keys = self.add_row_sets(key_layout.ptr, key_layout.ranges)
         home = np.zeros((layout.num_ranks, 2, 5), np.int64)
         home[:, :, SLOT_RANK] = np.arange(layout.num_ranks)[:, None]
         home[:, 1, SLOT_KIND] = KV
         home[:, 0, SLOT_H1], home[:, 1, SLOT_H1] = heads, kv_heads
-        home[:, :, SLOT_ROWS] = self.home_rows[:, None]
+        home[:, 0, SLOT_ROWS], home[:, 1, SLOT_ROWS] = self.home_rows, self.home_keys
         self.add_slots(home.reshape(-1, 5))
 
     def add_row_sets(self, ptr: np.ndarray, ranges: np.ndarray) -> np.ndarray:
@@ -186,6 +199,7 @@ class ProgramBuilder:
             moves=moves,
             attends=attends,
             num_stages=stages,
+            keys=self.keys,
         )
 
 

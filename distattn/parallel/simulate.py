@@ -7,8 +7,9 @@ computes stage t. What is assumed:
   receiver's incoming link until its last byte. A rank has one such pair of links inside its node and one between nodes.
 - A link serves its messages in the order of their posting; those of one posting go round, each rank beginning with its next
   node and its next neighbour, as collectives do, so that an all-to-all does not queue at rank 0.
-- Kernels run at one rate whatever their tiles; transfers cost the kernels nothing. Copies within a rank, merges and the
-  host's work are free, but every stage that computes pays one launch.
+- Kernels run at one rate whatever their tiles, and every stage that computes pays one launch; with measured rates they take
+  what ``kernel_time`` says. Transfers cost the kernels nothing. Adding up what arrives takes its bytes three times over the
+  device's memory. Other copies within a rank and the host's work are free.
 """
 
 from __future__ import annotations
@@ -18,6 +19,8 @@ from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 
+from distattn.kernels import BACKENDS
+from distattn.parallel import kernel_time
 from distattn.parallel.cost import M_BYTES, M_DST, M_DUE, M_ISSUE, M_SRC, Cost, Shape, count
 from distattn.parallel.csr import segment_starts
 from distattn.parallel.hardware import Hardware
@@ -113,15 +116,31 @@ def predict(
     head_dim: int,
     value_dim: int | None = None,
     dtype: str = "bfloat16",
+    price: kernel_time.Price | None = None,
 ) -> Prediction:
     """Count a forward or backward Program's costs and lay them out in time.
 
-    value_dim: head_dim where None; dtype: name of the input dtype ("bfloat16", also "torch.bfloat16").
+    value_dim: head_dim where None; dtype: name of the input dtype ("bfloat16", also "torch.bfloat16"). price: what the
+    kernels take on this mask; None: the least by the hardware's rates, if it has any.
     """
-    shape = Shape(head_dim, head_dim if value_dim is None else value_dim, str(dtype).removeprefix("torch."))
+    value_dim = head_dim if value_dim is None else value_dim
+    width = max(head_dim, value_dim)
+    if price is None:
+        price = kernel_time.price(mask, hardware, program.group_size, width, backward=program.backward)
+    needs_out = hardware.needs_out if price is None else BACKENDS[price.backend].needs_out
+    shape = Shape(head_dim, value_dim, str(dtype).removeprefix("torch."), needs_out)
     cost = count(program, mask, shape)
     rate = hardware.flops_per_second(backward=program.backward)
-    compute = cost.flops / rate + (cost.flops > 0) * hardware.launch_us * 1e-6
+    if price is None:
+        compute = cost.flops / rate + (cost.flops > 0) * hardware.launch_us * 1e-6
+        ideal_seconds = float(cost.flops.sum()) / rate / program.num_ranks
+    else:
+        compute = kernel_time.stage_seconds(program, cost.attend_area, price)
+        rows = mask.num_queries * program.heads
+        ideal_seconds = (price.call_s + rows * price.row_s + cost.area * price.pair_s) / program.num_ranks
+    # What arrives at time t is added before stage t; what comes last prolongs the last stage that there is.
+    absorb = 3 * cost.absorbed_bytes / (hardware.copy_gb_per_second * 1e9)
+    compute = compute + absorb[:, :-1]
     sources, destinations, sizes = (cost.messages[:, column] for column in (M_SRC, M_DST, M_BYTES))
     line = simulate(compute, cost.messages, hardware.transfer_seconds(sources, destinations, sizes), hardware)
     free = simulate(compute, cost.messages, np.zeros(len(cost.messages)), hardware)
@@ -130,9 +149,9 @@ def predict(
         shape=shape,
         cost=cost,
         timeline=line,
-        seconds=line.seconds,
-        ideal_seconds=float(cost.flops.sum()) / rate / program.num_ranks,
-        free_links_seconds=free.seconds,
+        seconds=line.seconds + float(absorb[:, -1].max()),
+        ideal_seconds=ideal_seconds,
+        free_links_seconds=free.seconds + float(absorb[:, -1].max()),
     )
 
 

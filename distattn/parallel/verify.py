@@ -88,10 +88,12 @@ def _check_tables(program: Program, mask: Mask) -> None:
     """Ids in range, kinds that fit, times in order, one rank an Attend, heads resident."""
     slots, moves, attends = program.slots, program.moves, program.attends
     ranks, sets = program.num_ranks, len(program.row_ptr) - 1
+    held = program.layout.num_rows, program.key_layout.num_rows
     _require(
-        mask.num_queries == mask.num_keys == program.layout.num_rows,
-        f"the mask is {mask.num_queries} × {mask.num_keys} but the layout has {program.layout.num_rows} rows",
+        mask.shape == held,
+        f"the mask is {mask.num_queries} × {mask.num_keys} but the layout has {held[0]} rows and the keys' {held[1]}",
     )
+    _require(program.key_layout.num_ranks == ranks, "the layouts of queries and keys are for different numbers of ranks")
     inside = (
         (slots[:, SLOT_RANK] >= 0) & (slots[:, SLOT_RANK] < ranks) & (slots[:, SLOT_ROWS] >= 0)
         & (slots[:, SLOT_ROWS] < sets) & (slots[:, SLOT_H0] >= 0) & (slots[:, SLOT_H0] < slots[:, SLOT_H1])
@@ -113,9 +115,7 @@ def _check_tables(program: Program, mask: Mask) -> None:
     for end in (MOVE_SRC, MOVE_DST):
         _require(slots[moves[:, end], SLOT_KIND] == expected, "a Move joins slots of another kind than its own")
     _require(
-        (moves[:, MOVE_ISSUE] >= 0)
-        & (moves[:, MOVE_ISSUE] < moves[:, MOVE_DUE])
-        & (moves[:, MOVE_DUE] <= program.num_stages),
+        (moves[:, MOVE_ISSUE] >= 0) & (moves[:, MOVE_ISSUE] < moves[:, MOVE_DUE]) & (moves[:, MOVE_DUE] <= program.num_stages),
         "a Move breaks 0 ≤ issue < due ≤ number of stages",
     )
     _require(
@@ -135,14 +135,14 @@ def _check_tables(program: Program, mask: Mask) -> None:
 
 def _check_homes(program: Program) -> None:
     """Slots 2r and 2r+1 are rank r's rows with all heads."""
-    layout, ranks = program.layout, program.num_ranks
+    ranks = program.num_ranks
     home = program.slots[: 2 * ranks].reshape(-1, 2, 5)
     _require(len(home) == ranks, "every rank needs its two home slots")
     _require(home[:, :, SLOT_RANK] == np.arange(ranks)[:, None], "home slots are not in rank order")
     _require((home[:, 0, SLOT_KIND] == Q) & (home[:, 1, SLOT_KIND] == KV), "home slots are not one Q and one KV")
     _require(home[:, :, SLOT_H0] == 0, "a home slot does not hold all heads")
     _require(home[:, :, SLOT_H1] == (program.heads, program.kv_heads), "a home slot does not hold all heads")
-    for kind in (0, 1):
+    for kind, layout in enumerate((program.layout, program.key_layout)):
         sets = home[:, kind, SLOT_ROWS]
         counts = program.row_ptr[sets + 1] - program.row_ptr[sets]
         _, flat = expand(program.row_ptr[sets], counts)
@@ -166,12 +166,11 @@ class _Classes:
         _, flat = expand(program.row_ptr[:-1], counts)
         ranges, ptr = program.row_ranges[flat], np.concatenate([[0], np.cumsum(counts)])
         _require((ranges[:, 0] < ranges[:, 1]) & (ranges[:, 0] >= 0), "a row set holds an empty or negative range")
-        _require(ranges[:, 1] <= program.layout.num_rows, "a row set holds rows beyond the layout")
+        limit = max(program.layout.num_rows, program.key_layout.num_rows)
+        _require(ranges[:, 1] <= limit, "a row set holds rows beyond the layout")
         edges = np.unique(ranges)
         set_of = np.repeat(np.arange(num_sets), np.diff(ptr))
-        words = np.random.default_rng(0).integers(0, 1 << 63, (num_sets, 2), dtype=np.uint64) * np.uint64(
-            2
-        ) + np.uint64(1)
+        words = np.random.default_rng(0).integers(0, 1 << 63, (num_sets, 2), dtype=np.uint64) * np.uint64(2) + np.uint64(1)
         sums = np.zeros((len(edges) + 1, 2), np.uint64)
         depth = np.zeros(len(edges) + 1, np.int64)
         begin, end = np.searchsorted(edges, ranges[:, 0]), np.searchsorted(edges, ranges[:, 1])
@@ -333,9 +332,7 @@ def _covered_area(bands: np.ndarray, classes: _Classes, covered: np.ndarray, wid
     pieces = band_algebra.tighten(band_algebra.cut_axis(bands, inner, 0)[0])
     spans = np.searchsorted(inner, pieces[:, 3], "left") - np.searchsorted(inner, pieces[:, 2], "right") + 1
     total = 0
-    cuts = np.searchsorted(
-        np.cumsum(spans), np.arange(_PIECES_AT_ONCE, int(spans.sum()) + _PIECES_AT_ONCE, _PIECES_AT_ONCE)
-    )
+    cuts = np.searchsorted(np.cumsum(spans), np.arange(_PIECES_AT_ONCE, int(spans.sum()) + _PIECES_AT_ONCE, _PIECES_AT_ONCE))
     begin = 0
     for end in np.minimum(cuts + 1, len(pieces)).tolist():
         cut, _, key_segment = band_algebra.cut_axis(pieces[begin:end], inner, 2)

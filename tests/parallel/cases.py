@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
+import itertools
+from typing import Any
+
 import numpy as np
 import torch
 
 from distattn.mask import Mask
 from distattn.parallel.layout import Layout
+from distattn.parallel.schedulers import SCHEDULERS
+from distattn.parallel.schedulers.double_ring import DoubleRingOptions
+from distattn.parallel.schedulers.ring import RingOptions
+from distattn.parallel.schedulers.usp import UspOptions
 
 
 def random_lengths(rng: np.random.Generator, total: int, longest: int = 14) -> list[int]:
@@ -47,9 +54,23 @@ def random_mask(rng: np.random.Generator, n: int) -> Mask:
     return mask
 
 
+def random_cross_mask(rng: np.random.Generator, n: int, num_keys: int) -> Mask:
+    """Full, bottom-right causal, uneven sequences, or bands, over queries and keys of different rows."""
+    kind = int(rng.integers(3))
+    if kind == 0:
+        return Mask.full(n, num_keys)
+    if kind == 1:
+        cut_q, cut_k = int(rng.integers(0, n + 1)), int(rng.integers(0, num_keys + 1))
+        return Mask.from_cu_seqlens([0, cut_q, n], [0, cut_k, num_keys], causal=bool(rng.integers(2)))
+    low = int(rng.integers(-n, num_keys))
+    return Mask.from_bands([(0, n, 0, num_keys, low, low + int(rng.integers(0, num_keys)))], n, num_keys)
+
+
 def random_layout(rng: np.random.Generator, n: int, ranks: int) -> Layout:
     """Any constructor, or random pieces in random order on random ranks (some may hold nothing)."""
-    kind = int(rng.integers(5))
+    kind = int(rng.integers(6))
+    if kind == 5:
+        return Layout.balanced(Mask.documents(random_lengths(rng, n, 40)), ranks)
     if kind == 0:
         return Layout.contiguous(n, ranks)
     if kind == 1:
@@ -60,23 +81,47 @@ def random_layout(rng: np.random.Generator, n: int, ranks: int) -> Layout:
         return Layout.striped(n, ranks, block=int(rng.integers(1, 4)))
     cuts = np.unique(np.concatenate([[0, n], rng.integers(0, n + 1, 6)])).tolist()
     held: list[list[tuple[int, int]]] = [[] for _ in range(ranks)]
-    for a, b in zip(cuts[:-1], cuts[1:], strict=True):
+    for a, b in itertools.pairwise(cuts):
         held[int(rng.integers(ranks))].append((a, b))
     for ranges in held:
         rng.shuffle(ranges)
     return Layout.given(held)
 
 
+def random_options(rng: np.random.Generator, name: str, heads: int, kv_heads: int, ranks: int) -> Any:
+    """The default, one of those that auto tries, or one that it does not."""
+    options = [None, *SCHEDULERS[name].variants(heads, kv_heads, ranks, int(rng.integers(1, 9)))]
+    if name == "ring":
+        options += [RingOptions(moves=moves, two_way=two_way) for moves in ("kv", "q") for two_way in (False, True)]
+    if name == "double_ring":
+        options += [DoubleRingOptions(x) for x in range(1, ranks + 1) if ranks % x == 0]
+    if name == "usp":
+        pieces = int(rng.integers(1, 6))
+        for x in range(1, ranks + 1):
+            if ranks % x == 0 and heads % x == 0:
+                windows = [w for w in range(1, ranks // x + 1) if ranks // x % w == 0]
+                options += [UspOptions(x, p, pieces, w) for p in ("head_first", "context_first") for w in (None, *windows)]
+    return options[int(rng.integers(len(options)))]
+
+
 def inputs(
-    n: int, heads: int, kv_heads: int, head_dim: int = 4, value_dim: int = 4, batch: int = 1, seed: int = 0
+    n: int,
+    heads: int,
+    kv_heads: int,
+    head_dim: int = 4,
+    value_dim: int = 4,
+    batch: int = 1,
+    seed: int = 0,
+    num_keys: int | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """q, k, v, do in fp64, [B, n, H, D]."""
+    """q, k, v, do in fp64, [B, n, H, D]; k and v of num_keys rows where given."""
     generator = torch.Generator().manual_seed(seed)
 
-    def draw(heads: int, dim: int) -> torch.Tensor:
-        return torch.randn(batch, n, heads, dim, dtype=torch.double, generator=generator)
+    def draw(rows: int, heads: int, dim: int) -> torch.Tensor:
+        return torch.randn(batch, rows, heads, dim, dtype=torch.double, generator=generator)
 
-    return draw(heads, head_dim), draw(kv_heads, head_dim), draw(kv_heads, value_dim), draw(heads, value_dim)
+    keys = n if num_keys is None else num_keys
+    return draw(n, heads, head_dim), draw(keys, kv_heads, head_dim), draw(keys, kv_heads, value_dim), draw(n, heads, value_dim)
 
 
 def oracle(

@@ -173,7 +173,10 @@ def test_shapes_that_do_not_exist_are_refused(arguments: tuple, message: str):
 @pytest.mark.parametrize("scheduler", [ring, all_gather, ulysses], ids=lambda module: module.__name__.split(".")[-1])
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32", "float64"])
 @pytest.mark.parametrize("keep", [False, True])
-def test_counted_bytes_are_those_that_the_executor_sends(monkeypatch: pytest.MonkeyPatch, scheduler, dtype: str, keep: bool):
+@pytest.mark.parametrize("kernel", ["reference", "flash_cpu"])
+def test_counted_bytes_are_those_that_the_executor_sends(
+    monkeypatch: pytest.MonkeyPatch, scheduler, dtype: str, keep: bool, kernel: str
+):
     endpoints = []
 
     class Recording(Mailbox):
@@ -187,9 +190,19 @@ def test_counted_bytes_are_those_that_the_executor_sends(monkeypatch: pytest.Mon
     backward = derive_backward(forward, keep=keep)
     q, do = torch.randn(1, 64, 4, 8, dtype=kind), torch.randn(1, 64, 4, 16, dtype=kind)
     k, v = torch.randn(1, 64, 2, 8, dtype=kind), torch.randn(1, 64, 2, 16, dtype=kind)
-    in_process.run_in_process(forward, mask, q, k, v, do, backend=BACKENDS["reference"], backward_program=backward)
+    in_process.run_in_process(forward, mask, q, k, v, do, backend=BACKENDS[kernel], backward_program=backward)
     sent = [endpoint.bytes_sent for endpoint in endpoints]
-    shape = Shape(8, 16, dtype)
+    shape = Shape(8, 16, dtype, BACKENDS[kernel].needs_out)
     assert sent[:ranks] == count(forward, mask, shape).bytes_sent_per_rank.tolist()
     assert sent[ranks:] == count(backward, mask, shape).bytes_sent_per_rank.tolist()
     assert max(sent) > 0
+
+
+def test_what_arrives_to_be_added_up_is_counted():
+    mask = Mask.causal(64)
+    forward = ring.plan(mask, Layout.zigzag(64, 4), 4, 2)
+    shape = Shape(8, 16)
+    assert count(forward, mask, shape).absorbed_bytes.sum() == 0, "a ring's forward reduces nothing"
+    backward = count(derive_backward(forward), mask, shape)
+    gradients = [count(derive_backward(forward, keep=True), mask, shape).bytes_received_per_rank.sum()]
+    assert backward.absorbed_bytes.sum() == gradients[0], "what travels besides keys that are sent again are dK and dV"

@@ -20,7 +20,7 @@ from distattn.parallel.program import KV, KV_IN, Q_IN, Q_OUT, Program, ProgramBu
 from distattn.parallel.schedulers import SCHEDULERS
 from distattn.parallel.transport.base import Message
 from distattn.parallel.transport.mailbox import Mailbox
-from tests.parallel.cases import inputs, oracle, random_layout, random_mask
+from tests.parallel.cases import inputs, oracle, random_cross_mask, random_layout, random_mask, random_options
 
 REFERENCE = BACKENDS["reference"]
 NAMES = ("out", "lse", "dq", "dk", "dv")
@@ -31,27 +31,45 @@ def check(result: InProcessResult, expected: tuple[torch.Tensor, ...]) -> None:
         torch.testing.assert_close(getattr(result, name), want, atol=1e-10, rtol=0, msg=lambda m, n=name: f"{n}: {m}")
 
 
-@settings(max_examples=60, deadline=None, derandomize=True)
+@settings(max_examples=90, deadline=None, derandomize=True)
 @given(
     seed=st.integers(0, 10_000),
     ranks=st.integers(1, 6),
     n=st.integers(3, 40),
     name=st.sampled_from(sorted(SCHEDULERS)),
-    heads=st.sampled_from([(12, 3), (12, 12), (60, 2), (60, 1)]),
+    heads=st.sampled_from([(12, 3), (12, 12), (60, 2), (6, 1), (7, 7)]),
     keep=st.booleans(),
 )
 def test_matches_the_oracle_with_poisoned_memory(
     seed: int, ranks: int, n: int, name: str, heads: tuple[int, int], keep: bool
 ) -> None:
-    if SCHEDULERS[name].why_not(heads[0], ranks):
-        return
     rng = np.random.default_rng(seed)
     mask = random_mask(rng, n)
     layout = random_layout(rng, n, ranks)
     if layout.num_rows != n:
         mask = Mask.causal(layout.num_rows)
     q, k, v, do = inputs(layout.num_rows, *heads, head_dim=4, value_dim=6, batch=2, seed=seed)
-    program = SCHEDULERS[name].plan(mask, layout, *heads)
+    program = SCHEDULERS[name].plan(mask, layout, *heads, random_options(rng, name, *heads, ranks))
+    backward = derive_backward(program, keep=keep)
+    result = run_in_process(program, mask, q, k, v, do, backend=REFERENCE, backward_program=backward, poison=True)
+    check(result, oracle(q, k, v, do, mask))
+
+
+@settings(max_examples=30, deadline=None, derandomize=True)
+@given(
+    seed=st.integers(0, 10_000),
+    ranks=st.integers(1, 5),
+    name=st.sampled_from([x for x in sorted(SCHEDULERS) if x != "disaggregated"]),
+    heads=st.sampled_from([(4, 2), (6, 6), (5, 1)]),
+    keep=st.booleans(),
+)
+def test_cross_attention_matches_the_oracle(seed: int, ranks: int, name: str, heads: tuple[int, int], keep: bool) -> None:
+    rng = np.random.default_rng(seed)
+    n, num_keys = int(rng.integers(1, 30)), int(rng.integers(1, 30))
+    mask = random_cross_mask(rng, n, num_keys)
+    layout, keys = random_layout(rng, n, ranks), random_layout(rng, num_keys, ranks)
+    q, k, v, do = inputs(n, *heads, seed=seed, num_keys=num_keys)
+    program = SCHEDULERS[name].plan(mask, layout, *heads, random_options(rng, name, *heads, ranks), keys)
     backward = derive_backward(program, keep=keep)
     result = run_in_process(program, mask, q, k, v, do, backend=REFERENCE, backward_program=backward, poison=True)
     check(result, oracle(q, k, v, do, mask))
@@ -174,14 +192,58 @@ def test_a_home_that_computes_merges_what_it_receives() -> None:
     assert [_bundle(Q_OUT, lowered, shape, alone)[0][1] for alone in (False, True)] == [torch.float32, torch.bfloat16]
 
 
-@pytest.mark.parametrize("ranks", [1, 2, 8])
-def test_bf16_error_does_not_grow_with_ranks(ranks: int) -> None:
-    mask, program = ring(64, ranks)
-    q, k, v, do = (x.to(torch.bfloat16) for x in inputs(64, 4, 2, head_dim=16, value_dim=16))
-    result = run_in_process(program, mask, q, k, v, do, backend=REFERENCE)
-    for name, want in zip(NAMES, oracle(q.double(), k.double(), v.double(), do.double(), mask), strict=True):
-        # One rounding of the result to bf16; sums are kept in fp32 however many ranks add to them.
-        torch.testing.assert_close(getattr(result, name).double(), want, atol=2e-2, rtol=1e-2)
+GLOBAL_ROWS = 16
+SEEN_BY_ALL = Mask.global_window(256, GLOBAL_ROWS, 0)
+"""The first rows see, and are seen by, all ranks: their results and gradients are sums over all, at few Attends in all."""
+
+
+def bf16_inputs(heads: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    q, k, v, do = (x.to(torch.bfloat16) for x in inputs(256, heads, heads, head_dim=16, value_dim=16))
+    return q, k, v, do
+
+
+def relative_errors(result: InProcessResult, exact: tuple[torch.Tensor, ...]) -> dict[str, float]:
+    """Frobenius error of out, dq, dk, dv over the exact ones, of the rows that sum over all ranks."""
+    pairs = [(name, getattr(result, name), want) for name, want in zip(NAMES, exact, strict=True) if name != "lse"]
+    rows = slice(GLOBAL_ROWS)
+    return {name: float((x.double() - y)[:, rows].norm() / y[:, rows].norm()) for name, x, y in pairs}
+
+
+@pytest.mark.parametrize("name", sorted(SCHEDULERS))
+def test_bf16_error_does_not_grow_with_ranks(name: str) -> None:
+    """From 1 to 64 ranks, whose partial results merge in fp32: at most 5 % more than on one rank, whatever the options."""
+    heads = 64 if name == "ulysses" else 4
+    tensors = bf16_inputs(heads)
+    q, k, v, do = (x.double() for x in tensors)
+    exact = oracle(q, k, v, do, SEEN_BY_ALL)
+
+    def errors(ranks: int, options: object) -> dict[str, float]:
+        program = SCHEDULERS[name].plan(SEEN_BY_ALL, Layout.contiguous(256, ranks), heads, heads, options)
+        return relative_errors(run_in_process(program, SEEN_BY_ALL, *tensors, backend=REFERENCE), exact)
+
+    alone = errors(1, None)
+    for ranks in (2, 8, 64):
+        for options in SCHEDULERS[name].variants(heads, heads, ranks, 8)[: None if ranks == 8 else 1]:
+            for tensor, error in errors(ranks, options).items():
+                assert error < 1.05 * alone[tensor], (tensor, ranks, options)
+
+
+def test_gradient_sums_in_bf16_on_the_wire_cost_what_the_documents_say() -> None:
+    """docs/attention.md: dK, dV of a ring lose digits with every hop in bf16, and none in fp32."""
+    tensors = bf16_inputs(4)
+    q, k, v, do = (x.double() for x in tensors)
+    exact = oracle(q, k, v, do, SEEN_BY_ALL)
+    error: dict[tuple[int, object], float] = {}
+    for ranks in (2, 64):
+        program = SCHEDULERS["ring"].plan(SEEN_BY_ALL, Layout.contiguous(256, ranks), 4, 4)
+        for wire in (None, torch.bfloat16):
+            result = run_in_process(program, SEEN_BY_ALL, *tensors, backend=REFERENCE, reduce_dtype=wire)
+            assert result.dk is not None
+            assert result.dk.dtype == torch.float32
+            error[ranks, wire] = relative_errors(result, exact)["dk"]
+    assert error[64, None] < 1.05 * error[2, None]
+    assert error[2, None] < error[2, torch.bfloat16] < 4e-3
+    assert 2 * error[2, torch.bfloat16] < error[64, torch.bfloat16] < 3e-2
 
 
 def test_reruns_are_bitwise_equal() -> None:

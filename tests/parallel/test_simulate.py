@@ -1,14 +1,17 @@
 """Plan only: the event model on schedules that are small enough to work out by hand."""
 
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
 
+from distattn.calibration import Calibration, KernelRate, LinkRate
 from distattn.errors import ConfigError
 from distattn.mask import Mask
+from distattn.parallel import kernel_time
 from distattn.parallel.backward import derive_backward
-from distattn.parallel.hardware import HARDWARE, Hardware, find_hardware
+from distattn.parallel.hardware import HARDWARE, Hardware, calibrated, find_hardware, hardware_here
 from distattn.parallel.layout import Layout
 from distattn.parallel.schedulers import SCHEDULERS, all_gather, ring
 from distattn.parallel.simulate import Timeline, predict, simulate
@@ -154,8 +157,70 @@ def test_nothing_to_do_takes_no_time():
     assert (prediction.seconds, prediction.efficiency) == (0, 1)
 
 
+RATES = (
+    KernelRate("triton", False, 128, call_s=1e-5, launch_s=0, row_s=1e-10, step_s=0, pair_s=1e-12, cut_pair_s=2e-12),
+    KernelRate("triton", True, 128, call_s=2e-5, launch_s=0, row_s=1e-10, step_s=0, pair_s=3e-12, cut_pair_s=6e-12),
+    KernelRate("flash", False, 128, call_s=1e-5, launch_s=0, row_s=1e-10, step_s=0, pair_s=9e-12, cut_pair_s=9e-12),
+)
+LINKS = (LinkRate("inside", "all_to_all", 2, 200.0, 30.0), LinkRate("inside", "ring", 2, 300.0, 20.0))
+MEASURED_H100 = Calibration("NVIDIA H100 80GB HBM3", kernels=RATES, links=LINKS)
+
+
+def test_measured_rates_take_the_place_of_the_presets():
+    machine = calibrated(MEASURED_H100, ranks_per_node=4)
+    assert (machine.inside_gb_per_second, machine.inside_latency_us, machine.ranks_per_node) == (300.0, 20.0, 4)
+    assert machine.between_gb_per_second == HARDWARE["h100"].between_gb_per_second
+    assert machine.calibration == MEASURED_H100.digest
+    assert MEASURED_H100.digest in repr(machine), "ranks compare it"
+    assert calibrated(Calibration("NVIDIA H100 80GB HBM3", links=LINKS)).kernels, (
+        "kernels of the package where none were measured"
+    )
+    assert calibrated(Calibration("cpu", links=LINKS)).kernels == ()
+
+
+def test_kernels_take_what_was_measured():
+    machine, n = calibrated(MEASURED_H100), 4096
+    mask = Mask.full(n, n)
+    alone = predict(ring.plan(mask, Layout.contiguous(n, 1), 8, 8), mask, machine, 128)
+    assert alone.seconds == pytest.approx(1e-5 + 8 * n * 1e-10 + 8 * n * n * 1e-12)
+    assert alone.efficiency == pytest.approx(1)
+    shared = predict(ring.plan(mask, Layout.contiguous(n, 4), 8, 8), mask, machine, 128)
+    compute = 4 * 1e-5 + 4 * 8 * n / 4 * 1e-10 + 8 * n * n / 4 * 1e-12
+    assert shared.free_links_seconds == pytest.approx(compute), "each of four stages calls, and writes all its rows"
+
+
+def test_short_documents_pay_for_blocks_that_they_cut():
+    machine = calibrated(MEASURED_H100)
+    prices = [
+        kernel_time.price(Mask.documents([length] * (8192 // length)), machine, 1, 128, backward=False) for length in (8192, 64)
+    ]
+    assert prices[0] is not None
+    assert prices[1] is not None
+    assert prices[0].pair_s == pytest.approx(1e-12, rel=0.1)
+    assert prices[1].pair_s > 5e-12
+
+
+def test_adding_up_costs_memory_bandwidth():
+    mask = Mask.full(4096, 4096)
+    backward = derive_backward(ring.plan(mask, Layout.contiguous(4096, 2), 8, 8))
+    machine = replace(HARDWARE["h100"], inside_gb_per_second=1e9, inside_latency_us=0)
+    free, paid = (predict(backward, mask, replace(machine, copy_gb_per_second=x), 128) for x in (float("inf"), 1000.0))
+    # Each rank takes dK and dV of its chunk once, in fp32; reading both and writing the sum are three passes.
+    assert paid.seconds - free.seconds == pytest.approx(3 * 2 * 2048 * 8 * 128 * 4 / 1e12, rel=1e-6)
+
+
+def test_without_a_calibration_there_is_no_measured_hardware(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    with pytest.raises(ConfigError, match="run `distattn bench calibrate`"):
+        find_hardware("measured")
+    assert hardware_here(on_gpu=True) == HARDWARE["h100"]
+    replace(MEASURED_H100, device="cpu").save()
+    assert find_hardware("measured").inside_gb_per_second == 300.0
+    assert hardware_here(on_gpu=True).inside_latency_us == 20.0
+
+
 def test_hardware_is_checked_and_listed():
-    with pytest.raises(ConfigError, match="unknown hardware 'tpu': choose one of cpu, h100, h200, a100"):
+    with pytest.raises(ConfigError, match="unknown hardware 'tpu': choose one of cpu, h100, h200, a100, measured"):
         find_hardware("tpu")
     with pytest.raises(ConfigError, match="forward_tflops must be positive, got 0"):
         replace(UNIT, forward_tflops=0)

@@ -29,7 +29,7 @@ from distattn.parallel.program import (
 )
 from distattn.parallel.schedulers import SCHEDULERS
 from distattn.parallel.verify import verify
-from tests.parallel.cases import inputs, oracle, random_layout, random_mask
+from tests.parallel.cases import inputs, oracle, random_layout, random_mask, random_options
 
 NUM_MUTANTS = 1000
 
@@ -39,7 +39,8 @@ def random_program(rng: np.random.Generator) -> tuple[Mask, Program]:
     heads = kv_heads * ranks
     mask = random_mask(rng, n)
     name = sorted(SCHEDULERS)[int(rng.integers(len(SCHEDULERS)))]
-    return mask, SCHEDULERS[name].plan(mask, random_layout(rng, n, ranks), heads, kv_heads)
+    options = random_options(rng, name, heads, kv_heads, ranks)
+    return mask, SCHEDULERS[name].plan(mask, random_layout(rng, n, ranks), heads, kv_heads, options)
 
 
 def with_row(table: np.ndarray, i: int, column: int, value: int) -> np.ndarray:
@@ -103,7 +104,9 @@ def assert_harmless(program: Program, mask: Mask, name: str) -> None:
             ("out", "lse", "dq", "dk", "dv"), (got.out, got.lse, got.dq, got.dk, got.dv), expected, strict=True
         ):
             assert x is not None
-            torch.testing.assert_close(x, y, rtol=0, atol=1e-10, msg=lambda m, p=part: f"{name}, keep={keep}, {p}: {m}")
+            torch.testing.assert_close(
+                x, y, rtol=0, atol=1e-10, msg=lambda m, p=part, keep=keep: f"{name}, keep={keep}, {p}: {m}"
+            )
 
 
 def test_no_accepted_mutant_is_wrong() -> None:

@@ -5,40 +5,67 @@ A new one is a file with a ``plan`` function and an options dataclass, and a lin
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+
 from distattn.errors import PlanError
 from distattn.parallel.program import Program
-from distattn.parallel.schedulers import all_gather, ring, ulysses
-
-
-@dataclass(frozen=True)
-class Scheduler:
-    """One strategy.
-
-    plan(mask, layout, heads, kv_heads, options) → Program; options: its frozen dataclass; why_not(heads, num_ranks): why it
-    cannot split these heads, or None; splits_rows: whether a rank computes its own rows (then the layout decides balance).
-    """
-
-    name: str
-    plan: Callable[..., Program]
-    options: type[Any]
-    why_not: Callable[[int, int], str | None]
-    splits_rows: bool
+from distattn.parallel.schedulers import all_gather, disaggregated, double_ring, ring, ulysses, usp
 
 
 def _takes_any_heads(heads: int, num_ranks: int) -> str | None:
     return None
 
 
+def _each_alone(options: Any, heads: int, num_ranks: int) -> np.ndarray:
+    return np.arange(num_ranks)
+
+
+@dataclass(frozen=True)
+class Scheduler:
+    """One strategy.
+
+    plan(mask, layout, heads, kv_heads, options, key_layout) → Program; options: its frozen dataclass.
+    variants(heads, kv_heads, num_ranks, ranks_per_node) → options worth a prediction, the default for this shape and these
+    nodes first. why_not(heads, num_ranks): why it cannot split these heads, or None. groups(options, heads, num_ranks) → int64
+    [P]: ranks of one group compute on the same rows, so that the layout has to balance groups only. balances: it evens out
+    the ranks' work itself, so that auto needs it only where no layout does.
+    """
+
+    name: str
+    plan: Callable[..., Program]
+    options: type[Any]
+    variants: Callable[[int, int, int, int], Sequence[Any]]
+    groups: Callable[[Any, int, int], np.ndarray] = _each_alone
+    why_not: Callable[[int, int], str | None] = _takes_any_heads
+    balances: bool = False
+
+
+def _all_as_one(options: Any, heads: int, num_ranks: int) -> np.ndarray:
+    return np.zeros(num_ranks, np.int64)
+
+
+def _ulysses_groups(options: ulysses.UlyssesOptions, heads: int, num_ranks: int) -> np.ndarray:
+    return usp.groups_of(usp.UspOptions(), heads, num_ranks)
+
+
 SCHEDULERS: dict[str, Scheduler] = {
-    "ring": Scheduler("ring", ring.plan, ring.RingOptions, _takes_any_heads, splits_rows=True),
-    "all_gather": Scheduler(
-        "all_gather", all_gather.plan, all_gather.AllGatherOptions, _takes_any_heads, splits_rows=True
+    "ring": Scheduler("ring", ring.plan, ring.RingOptions, ring.variants),
+    "double_ring": Scheduler("double_ring", double_ring.plan, double_ring.DoubleRingOptions, double_ring.variants),
+    "all_gather": Scheduler("all_gather", all_gather.plan, all_gather.AllGatherOptions, all_gather.variants),
+    "ulysses": Scheduler("ulysses", ulysses.plan, ulysses.UlyssesOptions, ulysses.variants, _ulysses_groups),
+    "usp": Scheduler("usp", usp.plan, usp.UspOptions, usp.variants, usp.groups_of),
+    "disaggregated": Scheduler(
+        "disaggregated",
+        disaggregated.plan,
+        disaggregated.DisaggregatedOptions,
+        disaggregated.variants,
+        _all_as_one,
+        balances=True,
     ),
-    "ulysses": Scheduler("ulysses", ulysses.plan, ulysses.UlyssesOptions, ulysses.why_not, splits_rows=False),
 }
 
 

@@ -1,20 +1,35 @@
-"""Choosing a layout by measured balance, and a strategy by predicted time. Every choice carries its reason."""
+"""Choosing a layout by measured balance, and a strategy with its options by predicted time. Every choice carries its reason."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from collections.abc import Iterator
+from dataclasses import dataclass, field, fields
+from typing import Any
+
+import numpy as np
 
 from distattn.mask import Mask
 from distattn.parallel.backward import derive_backward
 from distattn.parallel.hardware import HARDWARE, Hardware
-from distattn.parallel.layout import Layout
-from distattn.parallel.need import area_per_rank
+from distattn.parallel.layout import Layout, area_per_rank
 from distattn.parallel.program import Program
 from distattn.parallel.schedulers import SCHEDULERS, find_scheduler
-from distattn.parallel.simulate import predict
+from distattn.parallel.simulate import Prediction, predict
 
 BALANCE_TOLERANCE = 1.05
 """A layout with less traffic is preferred as long as its busiest rank is within this factor of the best layout's."""
+
+UNBALANCED = 1.25
+"""Busiest rank over the mean from which schedulers that even out work themselves are worth their planning time."""
+
+TIE = 1.005
+"""Candidates within this factor of the least predicted time count as equal: the one that needs the least memory wins."""
+
+NUM_RELAID = 4
+"""Best candidates for which other layouts are predicted too, where communication outweighs balance."""
+
+MAX_VARIANTS = 4
+"""Most options of one scheduler that are predicted; each costs a plan, a backward and two simulations."""
 
 
 @dataclass(frozen=True)
@@ -23,37 +38,112 @@ class LayoutChoice:
     reason: str
 
 
+@dataclass(frozen=True, eq=False)
+class Candidate:
+    """One scheduler with options, planned and predicted on its layout; seconds and parts of it are forward + backward."""
+
+    strategy: str
+    options: Any
+    placed: LayoutChoice
+    program: Program = field(repr=False)
+    seconds: float
+    ideal_seconds: float
+    exposed_seconds: float
+    peak_memory_bytes: int
+
+    @property
+    def label(self) -> str:
+        return f"{option_label(self.strategy, self.options)}, {self.placed.layout.name}"
+
+    @property
+    def lost_seconds(self) -> float:
+        """Imbalance and launches: what the prediction has beyond the ideal and exposed communication."""
+        return self.seconds - self.ideal_seconds - self.exposed_seconds
+
+
 @dataclass(frozen=True)
 class StrategyChoice:
-    """The winner, its layout and program, why it won, and predicted forward + backward seconds of every candidate."""
+    """The winner, its options, layout and program, why it won, and predicted forward + backward seconds of every candidate.
+
+    table: the candidates, a line each, best first.
+    """
 
     strategy: str
     layout: Layout
     program: Program
     reason: str
     predicted_seconds: dict[str, float] = field(default_factory=dict)
+    options: Any = None
+    layout_reason: str = ""
+    table: str = ""
 
 
-def choose_layout(mask: Mask, num_ranks: int, strategy: str) -> LayoutChoice:
-    """Contiguous where balance allows, else zigzag, else per-document zigzag: by each rank's area, not by the mask's name."""
+def option_label(strategy: str, options: Any) -> str:
+    """A scheduler's name with the options that differ from the defaults, such as ``usp head_ranks=2 pieces=4``."""
+    words = [strategy]
+    for x in fields(options) if options is not None else ():
+        value = getattr(options, x.name)
+        if value != x.default:
+            words.append(f"{x.name}={value}")
+    return " ".join(words)
+
+
+def default_options(strategy: str, heads: int, kv_heads: int, num_ranks: int, hardware: Hardware) -> Any:
+    """What a scheduler takes on these nodes where the caller gives no options."""
+    return find_scheduler(strategy).variants(heads, kv_heads, num_ranks, hardware.ranks_per_node)[0]
+
+
+def describe_degrees(strategy: str, options: Any, heads: int, num_ranks: int) -> str:
+    """A scheduler's options in words, and where it splits ranks both ways, by how much."""
+    text = option_label(strategy, options)
+    groups = int(find_scheduler(strategy).groups(options, heads, num_ranks).max()) + 1
+    if strategy in ("ulysses", "usp"):
+        text += f", {num_ranks // groups} ways by heads × {groups} along the sequence"
+    return text
+
+
+def choose_layout(mask: Mask, num_ranks: int, strategy: str, *, heads: int | None = None, options: Any = None) -> LayoutChoice:
+    """Contiguous where balance allows, else zigzag, per-document zigzag or balanced: by area, not by the mask's name.
+
+    heads (default: as many as ranks), options: of the strategy; they decide which ranks compute on the same rows.
+    """
     rows = mask.num_queries
     contiguous = Layout.contiguous(rows, num_ranks)
     if num_ranks == 1:
         return LayoutChoice(contiguous, "one rank holds all rows")
-    if not find_scheduler(strategy).splits_rows:
-        return LayoutChoice(contiguous, f"{strategy} balances by heads, whatever the layout")
-    candidates = [contiguous, Layout.zigzag(rows, num_ranks)]
-    cuts = mask.segments()
-    if len(cuts) > 2:
-        candidates.append(Layout.per_document_zigzag(cuts[1:] - cuts[:-1], num_ranks))
-    busiest = [int(area_per_rank(mask, layout).max(initial=0)) for layout in candidates]
-    best = min(busiest)
-    chosen = next(i for i, area in enumerate(busiest) if area <= BALANCE_TOLERANCE * best)
-    mean = mask.area / num_ranks
-    balance = ", ".join(
-        f"{layout.name} {area / mean if mean else 1:.2f}" for layout, area in zip(candidates, busiest, strict=True)
-    )
-    return LayoutChoice(candidates[chosen], f"busiest rank over mean: {balance}")
+    scheduler = find_scheduler(strategy)
+    groups = scheduler.groups(options or scheduler.options(), heads or num_ranks, num_ranks)
+    if not groups.any():
+        return LayoutChoice(contiguous, f"{strategy} balances whatever the layout")
+    tried = _balance(mask, _layouts(mask, num_ranks, contiguous), groups)
+    best = min(imbalance for _, imbalance in tried)
+    chosen = next(layout for layout, imbalance in tried if imbalance <= BALANCE_TOLERANCE * best)
+    balance = ", ".join(f"{layout.name} {imbalance:.2f}" for layout, imbalance in tried)
+    return LayoutChoice(chosen, f"busiest {'rank' if groups.max() + 1 == num_ranks else 'group'} over mean: {balance}")
+
+
+def _balance(mask: Mask, layouts: Iterator[Layout], groups: np.ndarray) -> list[tuple[Layout, float]]:
+    """Each layout, dealt so that groups of ranks hold neighbouring shares, with its busiest group's work over the mean."""
+    order = np.argsort(groups, kind="stable")
+    mean = mask.area / (int(groups.max()) + 1)
+    tried = []
+    for layout in layouts:
+        placed = layout if np.array_equal(order, np.arange(len(order))) else layout.reordered(order)
+        busiest = np.bincount(groups, weights=area_per_rank(mask, placed)).max(initial=0)
+        tried.append((placed, float(busiest / mean) if mean else 1.0))
+    return tried
+
+
+def _layouts(mask: Mask, num_ranks: int, contiguous: Layout) -> Iterator[Layout]:
+    """Candidates, those with the least traffic first."""
+    yield contiguous
+    yield Layout.zigzag(mask.num_queries, num_ranks)
+    if mask.num_queries == mask.num_keys:
+        cuts = mask.segments()
+        if len(cuts) > 2:
+            yield Layout.per_document_zigzag(cuts[1:] - cuts[:-1], num_ranks)
+    if mask.num_queries:
+        yield Layout.balanced(mask, num_ranks)
 
 
 def choose_strategy(
@@ -67,35 +157,112 @@ def choose_strategy(
     dtype: str = "bfloat16",
     hardware: Hardware | None = None,
     layout: Layout | None = None,
+    key_layout: Layout | None = None,
 ) -> StrategyChoice:
-    """The scheduler with the least predicted forward + backward time on ``hardware`` (default: h100 nodes).
+    """The scheduler and options with the least predicted forward + backward time on ``hardware`` (default: h100 nodes).
 
-    layout: a given layout, which all candidates must use; None lets each choose its own.
+    layout: a given layout, which all candidates must use; None lets each choose its own. key_layout: of the keys, in cross
+    attention.
     """
     hardware = hardware or HARDWARE["h100"]
     if num_ranks == 1:
         chosen = layout or Layout.contiguous(mask.num_queries, 1)
-        program = SCHEDULERS["ring"].plan(mask, chosen, heads, kv_heads)
-        return StrategyChoice("ring", chosen, program, "one rank: every strategy is the same local attention")
-    seconds: dict[str, float] = {}
-    refused: list[str] = []
-    best: tuple[float, str, Layout, Program] | None = None
+        program = SCHEDULERS["ring"].plan(mask, chosen, heads, kv_heads, None, key_layout)
+        why = "one rank: every strategy is the same local attention"
+        return StrategyChoice("ring", chosen, program, why, layout_reason="one rank holds all rows")
+    given = LayoutChoice(layout, "given") if layout else None
+    placed = given or choose_layout(mask, num_ranks, "ring")
+    unbalanced = area_per_rank(mask, placed.layout).max(initial=0) * num_ranks > UNBALANCED * mask.area
+    shape = (head_dim, value_dim, dtype)
+    found: list[Candidate] = []
+    seen: set[str] = set()
+
+    def consider(name: str, options: Any, placed: LayoutChoice) -> None:
+        program = SCHEDULERS[name].plan(mask, placed.layout, heads, kv_heads, options, key_layout)
+        if program.digest not in seen:  # such as usp where it is ulysses or ring
+            seen.add(program.digest)
+            found.append(_predicted(name, options, placed, program, mask, hardware, shape))
+
     for name, scheduler in SCHEDULERS.items():
-        reason = scheduler.why_not(heads, num_ranks)
-        if reason:
-            refused.append(name)
+        if scheduler.why_not(heads, num_ranks) or (scheduler.balances and (key_layout or not unbalanced)):
             continue
-        placed = layout or choose_layout(mask, num_ranks, name).layout
-        program = scheduler.plan(mask, placed, heads, kv_heads)
-        backward = derive_backward(program, ranks_per_node=hardware.ranks_per_node)
-        seconds[name] = sum(
-            predict(direction, mask, hardware, head_dim, value_dim, dtype).seconds for direction in (program, backward)
-        )
-        if best is None or seconds[name] < best[0]:
-            best = (seconds[name], name, placed, program)
-    assert best is not None, "ring takes any heads"
-    table = ", ".join(f"{name} {1e3 * value:.3g} ms" for name, value in sorted(seconds.items(), key=lambda x: x[1]))
-    reason = f"least predicted forward + backward time on {hardware.name}: {table}"
-    if refused:
-        reason += f" (heads do not divide for {', '.join(refused)})"
-    return StrategyChoice(best[1], best[2], best[3], reason, seconds)
+        for options in scheduler.variants(heads, kv_heads, num_ranks, hardware.ranks_per_node)[:MAX_VARIANTS]:
+            consider(name, options, given or choose_layout(mask, num_ranks, name, heads=heads, options=options))
+    found.sort(key=lambda x: x.seconds)
+    if given is None:
+        for name, options, placed in _other_layouts(mask, num_ranks, heads, found[:]):
+            consider(name, options, placed)
+        found.sort(key=lambda x: x.seconds)
+    ties = [x for x in found if x.seconds <= TIE * found[0].seconds]
+    best = min(ties, key=lambda x: x.peak_memory_bytes)
+    found.insert(0, found.pop(found.index(best)))
+    return StrategyChoice(
+        best.strategy, best.placed.layout, best.program, _why(found, hardware), {x.label: x.seconds for x in found},
+        best.options, best.placed.reason, candidate_table(found),
+    )  # fmt: skip
+
+
+def _other_layouts(mask: Mask, num_ranks: int, heads: int, found: list[Candidate]) -> Iterator[tuple[str, Any, LayoutChoice]]:
+    """Layouts that balance worse but may move less, for the best candidates: those whose ideal time, stretched by their
+    imbalance, is still below the best prediction. Where computing dominates there are none."""
+    contiguous = Layout.contiguous(mask.num_queries, num_ranks)
+    for x in found[:NUM_RELAID]:
+        groups = find_scheduler(x.strategy).groups(x.options, heads, num_ranks)
+        if not groups.any():
+            continue
+        for layout, imbalance in _balance(mask, _layouts(mask, num_ranks, contiguous), groups):
+            if layout.name != x.placed.layout.name and imbalance * x.ideal_seconds < found[0].seconds:
+                why = f"least predicted time, although its busiest rank has {imbalance:.2f} times the mean"
+                yield x.strategy, x.options, LayoutChoice(layout, why)
+
+
+def _predicted(
+    name: str,
+    options: Any,
+    placed: LayoutChoice,
+    program: Program,
+    mask: Mask,
+    hardware: Hardware,
+    shape: tuple[int, int | None, str],
+) -> Candidate:
+    backward = derive_backward(program, ranks_per_node=hardware.ranks_per_node)
+    both: list[Prediction] = [predict(direction, mask, hardware, *shape) for direction in (program, backward)]
+    return Candidate(
+        name,
+        options,
+        placed,
+        program,
+        seconds=sum(x.seconds for x in both),
+        ideal_seconds=sum(x.ideal_seconds for x in both),
+        exposed_seconds=sum(x.exposed_communication_seconds for x in both),
+        peak_memory_bytes=max(int(x.cost.peak_memory_bytes_per_rank.max()) for x in both),
+    )
+
+
+def _why(found: list[Candidate], hardware: Hardware) -> str:
+    """What the winner has over the next scheduler of another name."""
+    best = found[0]
+    text = f"least predicted forward + backward time on {hardware.name}: {best.label} {1e3 * best.seconds:.4g} ms"
+    if best.seconds > min(x.seconds for x in found):
+        text += f", least memory of those within {TIE - 1:.1%} of the least time"
+    other = next((x for x in found if x.strategy != best.strategy), None)
+    if other is None:
+        return text
+    exposed = 1e3 * (other.exposed_seconds - best.exposed_seconds)
+    lost = 1e3 * (other.lost_seconds - best.lost_seconds)
+    return (
+        f"{text}; next {other.label} {1e3 * other.seconds:.4g} ms, with {exposed:+.3g} ms of exposed communication and "
+        f"{lost:+.3g} ms of imbalance and launches"
+    )
+
+
+def candidate_table(found: list[Candidate]) -> str:
+    """A line a candidate: predicted ms = ideal + imbalance and launches + exposed communication; layout; peak memory."""
+    width = max(len(x.label) for x in found)
+    lines = [
+        f"{x.label:{width}}  {1e3 * x.seconds:9.4g} ms = ideal {1e3 * x.ideal_seconds:.4g} + imbalance and launches "
+        f"{1e3 * x.lost_seconds:.3g} + exposed {1e3 * x.exposed_seconds:.3g}; "
+        f"peak {x.peak_memory_bytes / 1e6:.4g} MB"
+        for x in found
+    ]
+    return "\n".join(lines)

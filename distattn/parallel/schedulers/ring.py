@@ -4,7 +4,8 @@
     stage s   rank r attends to the chunk of rank r − s   … and is passed on while it is being used
 
 A rank that needs nothing of a chunk is skipped, and a hop carries only the rows that some rank further along needs: under a
-sliding window the ring is a halo exchange.
+sliding window the ring is a halo exchange. Two options: chunks go both ways at once (half the stages), or queries travel and
+keys stay (their results fly home), which is less traffic where there are as many KV heads as query heads.
 """
 
 from __future__ import annotations
@@ -13,97 +14,105 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from distattn.errors import PlanError
 from distattn.mask import Mask
-from distattn.parallel.csr import expand, pointers, segment_starts
 from distattn.parallel.layout import Layout
 from distattn.parallel.need import Need, analyse
-from distattn.parallel.program import KV, KV_IN, Program, ProgramBuilder
+from distattn.parallel.program import KV, KV_IN, Q_IN, Q_OUT, Program, ProgramBuilder, Q
+from distattn.parallel.relay import Path, Stops, chain, pairs, relay
 
 
 @dataclass(frozen=True)
 class RingOptions:
-    """The ring has nothing to choose."""
+    """moves: "kv", or "q": queries travel. two_way: half the chunks' way goes up the ranks, half down, at the same time."""
+
+    moves: str = "kv"
+    two_way: bool = False
+
+    def __post_init__(self) -> None:
+        if self.moves not in ("kv", "q"):
+            raise PlanError(f'moves must be "kv" or "q", got {self.moves!r}')
 
 
-def plan(mask: Mask, layout: Layout, heads: int, kv_heads: int, options: RingOptions | None = None) -> Program:
+def variants(heads: int, kv_heads: int, num_ranks: int, ranks_per_node: int) -> list[RingOptions]:
+    """Options worth a prediction, the default first."""
+    found = [RingOptions()]
+    if num_ranks > 2:
+        found.append(RingOptions(two_way=True))
+    if 2 * kv_heads > heads:  # with fewer KV heads, queries and results are more bytes than keys and values
+        found.append(RingOptions(moves="q"))
+    return found
+
+
+def plan(
+    mask: Mask,
+    layout: Layout,
+    heads: int,
+    kv_heads: int,
+    options: RingOptions | None = None,
+    key_layout: Layout | None = None,
+) -> Program:
     """Ring attention over any mask and layout."""
-    need = analyse(mask, layout)
-    builder = ProgramBuilder(layout, heads, kv_heads)
-    hops = _hops(need)
-    row_sets = builder.add_row_sets(hops.ptr, hops.ranges)[hops.row_set]
-    consumer = (hops.owner + hops.distance) % layout.num_ranks
-    slots = np.zeros((len(consumer), 5), np.int64)
-    slots[:, 0], slots[:, 1], slots[:, 3], slots[:, 4] = consumer, KV, kv_heads, row_sets
-    ids = builder.add_slots(slots)
-    first_hop = np.zeros(len(ids), bool)
-    first_hop[segment_starts(hops.owner)] = True
-    source = np.where(first_hop, 2 * hops.owner + 1, np.concatenate([[0], ids])[: len(ids)])
-    one = np.ones(len(ids), np.int64)
-    builder.add_moves(np.stack([one * KV_IN, source, ids, row_sets, hops.distance - 1, hops.distance], 1))
-    attends = np.stack(
-        [hops.distance, 2 * consumer, ids, builder.home_rows[consumer], row_sets, 0 * one, heads * one], 1
-    )
-    add_home_attends(builder, need)
-    builder.add_attends(attends)
+    options = options or RingOptions()
+    builder = ProgramBuilder(layout, heads, kv_heads, key_layout)
+    if options.moves == "kv":
+        need = analyse(mask, layout, key_layout)
+        add_home_attends(builder, need.area)
+        add_travelling_keys(builder, relay(need, ring_path(need, two_way=options.two_way)))
+    else:
+        keys_need = analyse(mask.transpose(), key_layout or layout, layout if key_layout else None)
+        path = ring_path(keys_need, two_way=options.two_way)
+        last = int(path.due.max(initial=0))
+        add_home_attends(builder, keys_need.area, late=last + 1 if last else 0)
+        _add_travelling_queries(builder, relay(keys_need, path))
     return builder.build()
 
 
-def add_home_attends(builder: ProgramBuilder, need: Need) -> None:
-    """Stage 0: every rank whose queries see keys of their own rank attends to its home chunk."""
-    ranks = np.flatnonzero(np.diagonal(need.area) > 0)
-    home, zero = builder.home_rows[ranks], 0 * ranks
-    builder.add_attends(np.stack([zero, 2 * ranks, 2 * ranks + 1, home, home, zero, zero + builder.heads], 1))
-
-
-@dataclass(frozen=True, eq=False)
-class _Hops:
-    """Every stop of every chunk, sorted by (owner, distance), with the rows that it must bring.
-
-    Row sets in CSR form: that of hop i is ``ranges[ptr[row_set[i]]:ptr[row_set[i]+1]]``; hops that bring the same share it.
-    """
-
-    owner: np.ndarray
-    distance: np.ndarray
-    row_set: np.ndarray
-    ptr: np.ndarray
-    ranges: np.ndarray
-
-
-def _hops(need: Need) -> _Hops:
-    """Rows needed at each distance or beyond: a running union of hulls from the far end of each chunk's way."""
+def ring_path(need: Need, *, two_way: bool = False) -> Path:
+    """From each owner to the next rank that needs its chunk, and so on; one stage a rank of distance."""
     ranks = need.layout.num_ranks
-    owner = need.owner
-    distance = (need.consumer - owner) % ranks
-    away = distance > 0
-    owner, distance, key_range, k0, k1 = (x[away] for x in (owner, distance, need.key_range, need.k0, need.k1))
-    stops = np.unique(owner * ranks + distance)
-    # Farthest first within each range, so that a running minimum and maximum are the union of what lies beyond.
-    order = np.lexsort((-distance, key_range))
-    key_range, distance, k0, k1 = key_range[order], distance[order], k0[order], k1[order]
-    big = need.layout.num_rows + 1
-    k0 = np.minimum.accumulate(k0 - key_range * big) + key_range * big
-    k1 = np.maximum.accumulate(k1 + key_range * big) - key_range * big
-    # Every stop of an owner brings each of the owner's ranges that is needed at this distance or farther.
-    ranges_of = need.layout.ptr
-    stop_owner, stop_distance = stops // ranks, stops % ranks
-    stop, member = expand(ranges_of[stop_owner], ranges_of[stop_owner + 1] - ranges_of[stop_owner])
-    key = key_range * (ranks + 1) + (ranks - distance)
-    at = np.searchsorted(key, member * (ranks + 1) + (ranks - stop_distance[stop]), "right") - 1
-    found = at >= 0
-    found[found] = key_range[at[found]] == member[found]
-    stop, at = stop[found], at[found]
-    ptr = pointers(stop, len(stops))
-    return _shared(stop_owner, stop_distance, ptr, np.stack([k0[at], k1[at]], 1))
+    owner, holder = pairs(need)
+    distance = (holder - owner) % ranks
+    down = (2 * distance > ranks) & two_way
+    return chain(owner, holder, down.astype(np.int64), np.where(down, ranks - distance, distance))
 
 
-def _shared(owner: np.ndarray, distance: np.ndarray, ptr: np.ndarray, ranges: np.ndarray) -> _Hops:
-    """Let neighbouring stops of a chunk that bring the same rows share a row set."""
-    counts = np.diff(ptr)
-    same = np.zeros(len(owner), bool)
-    same[1:] = (owner[1:] == owner[:-1]) & (counts[1:] == counts[:-1])
-    stop, flat = expand(ptr[:-1], np.where(same, counts, 0))
-    differs = (ranges[flat] != ranges[flat - counts[stop]]).any(1)
-    same[stop[differs]] = False
-    keep = ~same
-    kept, flat = expand(ptr[:-1][keep], counts[keep])
-    return _Hops(owner, distance, np.cumsum(keep) - 1, pointers(kept, int(keep.sum())), ranges[flat])
+def add_home_attends(builder: ProgramBuilder, area: np.ndarray, late: int = 0) -> None:
+    """Stage 0: every rank whose queries see keys of their own rank attends to its home chunk.
+
+    late: a stage to which half of the heads are left, where there is something to wait for and nothing else to compute.
+    """
+    ranks = np.flatnonzero(np.diagonal(area) > 0)
+    rows, keys, zero = builder.home_rows[ranks], builder.home_keys[ranks], 0 * ranks
+    half = builder.heads // 2 if late else 0
+    for stage, h0, h1 in ((late, 0, half), (0, half, builder.heads)):
+        builder.add_attends(np.stack([zero + stage, 2 * ranks, 2 * ranks + 1, rows, keys, zero + h0, zero + h1], 1))
+
+
+def add_travelling_keys(builder: ProgramBuilder, stops: Stops) -> None:
+    """KV chunks go from stop to stop; every stop attends to what it got."""
+    path = stops.path
+    row_sets = stops.add_row_sets(builder, builder.keys or builder.layout, builder.home_keys)
+    away = np.flatnonzero(~path.is_root)
+    slot = 2 * path.owner + 1
+    zero, one, holder, rows = 0 * away, 0 * away + 1, path.holder[away], row_sets[away]
+    slot[away] = builder.add_slots(np.stack([holder, one * KV, zero, zero + builder.kv_heads, rows], 1))
+    source, issue, due = slot[path.source[away]], path.issue[away], path.due[away]
+    builder.add_moves(np.stack([one * KV_IN, source, slot[away], rows, issue, due], 1))
+    queries = builder.home_rows[holder]
+    builder.add_attends(np.stack([due, 2 * holder, slot[away], queries, rows, zero, zero + builder.heads], 1))
+
+
+def _add_travelling_queries(builder: ProgramBuilder, stops: Stops) -> None:
+    """Queries go from stop to stop; what every stop computes for them flies straight home."""
+    path = stops.path
+    row_sets = stops.add_row_sets(builder, builder.layout, builder.home_rows)
+    away = np.flatnonzero(~path.is_root)
+    slot = 2 * path.owner
+    zero, one, holder, rows = 0 * away, 0 * away + 1, path.holder[away], row_sets[away]
+    slot[away] = builder.add_slots(np.stack([holder, one * Q, zero, zero + builder.heads, rows], 1))
+    source, issue, due = slot[path.source[away]], path.issue[away], path.due[away]
+    builder.add_moves(np.stack([one * Q_IN, source, slot[away], rows, issue, due], 1))
+    builder.add_moves(np.stack([one * Q_OUT, slot[away], 2 * path.owner[away], rows, due + 1, due + 2], 1))
+    keys = builder.home_keys[holder]
+    builder.add_attends(np.stack([due, slot[away], 2 * holder + 1, rows, keys, zero, zero + builder.heads], 1))

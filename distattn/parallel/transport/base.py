@@ -10,12 +10,24 @@ from torch import Tensor
 
 
 @dataclass(frozen=True, eq=False)
+class Parts:
+    """An exchange as separate buffers: uint8 [bytes] each, with the peer; for and from one peer in the same order.
+
+    What is sent may be a caller's own tensor, which nobody writes to until ``wait`` has returned.
+    """
+
+    sends: list[tuple[int, Tensor]]
+    receives: list[tuple[int, Tensor]]
+
+
+@dataclass(frozen=True, eq=False)
 class Message:
     """One rank's side of one exchange.
 
     issue, due: stages between which it is in flight. send, receive: uint8 [bytes], one part a rank, in rank order;
     send_splits, receive_splits: bytes for and from each rank. describe: what this rank waits for, for error messages, such as
-    "at stage 2 of forward for KV rows from rank 0".
+    "at stage 2 of forward for KV rows from rank 0". parts: set for a transport that takes them; ``send`` and ``receive`` are
+    then only where some of the parts lie.
     """
 
     issue: int
@@ -25,6 +37,7 @@ class Message:
     send_splits: list[int]
     receive_splits: list[int]
     describe: Callable[[], str]
+    parts: Parts | None = None
 
 
 class Pending(Protocol):
@@ -41,9 +54,11 @@ class Pending(Protocol):
 class Transport(Protocol):
     """Carries the exchanges of one rank. Every rank posts the same exchanges in the same order.
 
-    num_transfers, bytes_sent: exchanges posted and bytes handed over since the start, for tests and reports.
+    takes_parts: whether messages come in parts, which saves packing. num_transfers, bytes_sent: exchanges posted and bytes
+    handed over since the start, for tests and reports.
     """
 
+    takes_parts: bool
     num_transfers: int
     bytes_sent: int
 

@@ -15,11 +15,14 @@ _Key = tuple[int, int, int, int]  # issue, due, src, dst
 
 
 class Mailbox:
-    """Messages posted and not yet collected. One rank's way to it is ``endpoint(rank)``."""
+    """Messages posted and not yet collected. One rank's way to it is ``endpoint(rank)``.
 
-    def __init__(self, num_ranks: int) -> None:
-        self.num_ranks = num_ranks
-        self.messages: dict[_Key, Tensor] = {}
+    takes_parts: messages come in parts, as on NCCL.
+    """
+
+    def __init__(self, num_ranks: int, *, takes_parts: bool = False) -> None:
+        self.num_ranks, self.takes_parts = num_ranks, takes_parts
+        self.messages: dict[_Key, list[Tensor]] = {}
 
     def endpoint(self, rank: int) -> MailboxEndpoint:
         return MailboxEndpoint(self, rank)
@@ -36,18 +39,18 @@ class MailboxEndpoint:
 
     def __init__(self, box: Mailbox, rank: int) -> None:
         self.box, self.rank = box, rank
+        self.takes_parts = box.takes_parts
         self.num_transfers = 0
         self.bytes_sent = 0
 
     def post(self, message: Message) -> _Collect:
         self.num_transfers += 1
-        self.bytes_sent += message.send.numel()
-        for dst, part in enumerate(torch.split(message.send, message.send_splits)):
-            if part.numel():
-                key = (message.issue, message.due, self.rank, dst)
-                if key in self.box.messages:
-                    raise TransportError(f"rank {self.rank} sent rank {dst} two messages with one identity {key[:2]}")
-                self.box.messages[key] = part
+        for dst, parts in _by_peer(message, message.send, message.send_splits, "sends").items():
+            key = (message.issue, message.due, self.rank, dst)
+            if key in self.box.messages:
+                raise TransportError(f"rank {self.rank} sent rank {dst} two messages with one identity {key[:2]}")
+            self.box.messages[key] = parts
+            self.bytes_sent += sum(part.numel() for part in parts)
         return _Collect(self, message)
 
 
@@ -59,13 +62,24 @@ class _Collect:
 
     def wait(self) -> None:
         message, rank = self.message, self.endpoint.rank
-        for src, part in enumerate(torch.split(message.receive, message.receive_splits)):
-            if not part.numel():
-                continue
+        for src, parts in _by_peer(message, message.receive, message.receive_splits, "receives").items():
             sent = self.endpoint.box.messages.pop((message.issue, message.due, src, rank), None)
-            if sent is None or sent.numel() != part.numel():
-                size = "nothing" if sent is None else f"{sent.numel()} bytes"
+            sizes = [part.numel() for part in parts]
+            if sent is None or [part.numel() for part in sent] != sizes:
+                size = "nothing" if sent is None else f"{sum(part.numel() for part in sent)} bytes in {len(sent)} parts"
                 raise TransportError(
-                    f"rank {rank} waited {message.describe()}, but of {part.numel()} bytes from rank {src} there was {size}"
+                    f"rank {rank} waited {message.describe()}, but of {sum(sizes)} bytes from rank {src} in {len(sizes)} "
+                    f"parts there was {size}"
                 )
-            part.copy_(sent)
+            for part, source in zip(parts, sent):
+                part.copy_(source)
+
+
+def _by_peer(message: Message, buffer: Tensor, splits: list[int], side: str) -> dict[int, list[Tensor]]:
+    """Buffers for or from each peer that has any."""
+    found: dict[int, list[Tensor]] = {}
+    if message.parts is not None:
+        for peer, part in getattr(message.parts, side):
+            found.setdefault(peer, []).append(part)
+        return found
+    return {peer: [part] for peer, part in enumerate(torch.split(buffer, splits)) if part.numel()}
