@@ -123,6 +123,10 @@ def test_options_of_a_strategy():
     found = numbers("--mask causal --seq-len 512 --ranks 4 --heads 8 --strategy usp --option head_ranks=2 --option pieces=2")
     assert found["options"] == {"head_ranks": 2, "placement": "head_first", "pieces": 2, "groups_per_window": None}
     assert "2 ways by heads × 2 along the sequence" in found["reason"]
+    balanced = numbers("--mask documents --lengths 300,4000,90 --ranks 4 --heads 8 --strategy disaggregated --tolerance 0.02")
+    assert balanced["verified"] is True
+    assert balanced["imbalance"] <= 1.02
+    assert "options of ring are" in refused("--mask causal --seq-len 8 --ranks 2 --strategy ring --tolerance 0.02")
     assert "option pieces of usp must be int" in refused("--mask causal --seq-len 8 --ranks 2 --strategy usp --option pieces=x")
     assert "belongs to one strategy" in refused("--mask causal --seq-len 8 --ranks 2 --option pieces=2")
 

@@ -79,11 +79,7 @@ def refused(
     [
         (["train.stesp=3"], r"unknown key train.stesp: did you mean train.steps\?"),
         (["train.steps=many"], r"train.steps='many' is not allowed: train.steps must be a whole number"),
-        (["parallel.strategy=star"], r"parallel.strategy=star is unknown: choose one of auto, ring, all_gather, ulysses"),
-        (
-            ["parallel.strategy=ulysses", "parallel.context=3"],
-            r"parallel.strategy=ulysses .* parallel.context=3 .* model.num_heads=4: .*ring",
-        ),
+        (["parallel.strategy=star"], r"parallel.strategy=star is unknown: choose one of auto, ring, double_ring"),
         (["kernel=flash"], r"kernel=flash is not possible here: .*"),
         (["data.source=/nowhere"], r"data.source='/nowhere' names no file"),
         (["data.source="], r"data.source is empty"),

@@ -76,7 +76,7 @@ def test_interpolations_are_refused(path: Path, key: str, value: str) -> None:
             "train.precision=bf16",
             "train.precision=bf16 is unknown: choose one of auto, float32, bfloat16; did you mean bfloat16?",
         ),
-        ("parallel.strategy=rnig", "parallel.strategy=rnig is unknown: choose one of auto, ring, all_gather, ulysses"),
+        ("parallel.strategy=rnig", "parallel.strategy=rnig is unknown: choose one of auto, ring, double_ring"),
         ("kernel=fast", "kernel=fast is unknown: choose one of auto, reference, "),
         ("data.source=", "data.source is empty"),
         ("data.seq_len=0", "data.seq_len=0"),

@@ -94,6 +94,9 @@ def plan_command(
     option: Annotated[
         list[str] | None, typer.Option(help="Option of the strategy, key=value; may be repeated: --option pieces=4.")
     ] = None,
+    tolerance: Annotated[
+        float | None, typer.Option(help="disaggregated: how far a rank may exceed its share of the work (default 0.05).")
+    ] = None,
     layout: Annotated[str, typer.Option(help=f"Who holds which rows: {', '.join(_LAYOUTS)}.")] = "auto",
     heads: Annotated[int, typer.Option(help="Query heads.")] = 32,
     kv_heads: Annotated[int | None, typer.Option(help="Key/value heads (default: as many as query heads).")] = None,
@@ -115,7 +118,8 @@ def plan_command(
 
             check_plot_path(plot)
         kv = heads if kv_heads is None else kv_heads
-        chosen = Choice(strategy, layout, tuple(option or ()))
+        bound = () if tolerance is None else (f"tolerance={tolerance}",)
+        chosen = Choice(strategy, layout, (*(option or ()), *bound))
         planned = make_plan(arguments, ranks, chosen, (heads, kv), (head_dim, value_dim, dtype), hardware)
         title = f"{planned.strategy} · {planned.layout.name} · {describe_mask(arguments)} · {count(ranks, 'rank')}"
         _output(planned, report(planned, arguments), title, json_path)

@@ -292,14 +292,14 @@ def test_every_command_of_the_page(shell: Shell, cluster: RayCluster, tmp_path: 
     assert losses(tmp_path / "runs/cluster") == local_losses
     assert f"resuming after step {stopped_after}" in (tmp_path / "runs/quickstart/logs/rank-0.log").read_text()
     last_table = next(text for command, text in reversed(said.items()) if command.endswith("distattn jobs"))
-    assert all(name in last_table for name in ("ray-1", "ray-2", "ray-3", "cancelled", "finished"))
+    assert all(name in last_table for name in ("ray-1", "ray-2", "ray-3", "finished"))
 
 
 def check_ports(folder: Path) -> None:
     """All that the keeper of a cluster started listens on the loopback interface only."""
     keeper = next(
-        process for process in psutil.process_iter()
-        if "distattn.launchers.ray_local" in process.cmdline() and str(folder) in " ".join(process.cmdline())
+        process for process in psutil.process_iter(["cmdline"])  # asked for so, since processes come and go meanwhile
+        if "distattn.launchers.ray_local" in (line := process.info["cmdline"] or []) and str(folder) in " ".join(line)
     )  # fmt: skip
     listening = []
     for process in [keeper, *keeper.children(recursive=True)]:

@@ -221,7 +221,7 @@ def test_submit_refuses_in_a_sentence(
     slurm = ["--on", "slurm", "--nodes", "2"]
     for arguments, message in (
         ([*slurm, "train.stesp=3"], "unknown key train.stesp: did you mean train.steps?"),
-        ([*slurm, "parallel.strategy=ulysses", "parallel.context=3", "--nodes", "3"], "parallel.strategy=ulysses"),
+        ([*slurm, "model.vocab_size=100"], "model.vocab_size=100 is too small for data.tokenizer=bytes"),
         ([*slurm, "data.source=/nowhere"], "data.source='/nowhere' names no file"),
         ([*slurm, "run.dir=${oc.env:HOME}"], "run.dir='${oc.env:HOME}' is refused"),
         ([*slurm, "data.text_key=${now:%Y}"], "data.text_key='${now:%Y}' is refused"),
