@@ -105,3 +105,24 @@ def test_a_backend_is_fitted_on_what_it_computes_itself() -> None:
     assert (forward.backend, forward.backward, backward.backward) == ("cudnn", False, True)
     assert forward.pair_s == pytest.approx(RATES[4])
     assert backward.pair_s == pytest.approx(2 * RATES[4])
+
+
+def test_long_merges_are_not_taken_for_the_host() -> None:
+    """A launch more and merges of many rows: with the rows' time put down to the host, such tiles looked cheap elsewhere."""
+    amounts = works(40)
+    amounts[:, 2] = 0  # rows count where results are merged alone
+    amounts[::5, 1], amounts[::5, 2] = 6, np.linspace(1e6, 2e6, 8)
+    amounts[1::5, 1], amounts[1::5, 2:] = 100, amounts[1::5, 2:] / 1e3
+    rates = np.array([4e-5, 1e-4, 2e-9, 1e-6, 8e-13, 1.5e-12])
+    seconds = amounts[:, 0] * rates[0] + np.maximum(amounts[:, 1] * rates[1], amounts[:, 2:] @ rates[2:])
+    found, error = fit(amounts, seconds)
+    assert np.allclose(found, rates, rtol=1e-6, atol=1e-16)
+    assert error < 1e-6
+
+
+def test_an_amount_that_no_cell_has_gets_no_rate() -> None:
+    amounts = np.delete(works(20), 1, axis=1)
+    amounts[:, 4] = 0
+    found = non_negative_fit(amounts, amounts @ np.delete(RATES, 1))
+    assert found[4] == 0
+    assert np.allclose(found[:4], np.delete(RATES, 1)[:4])

@@ -20,7 +20,7 @@ import torch
 import typer
 
 from distattn.bench.engines import Cell, Problem, first_call, tiles_of
-from distattn.bench.options import head_pairs, positive_integers
+from distattn.bench.options import head_pairs, names, positive_integers
 from distattn.bench.record import Record, environment
 from distattn.bench.timing import CellTimeoutError, limit, median_ms
 from distattn.calibration import Calibration, KernelRate, calibration_path, load_calibration
@@ -35,7 +35,9 @@ MASKS = (
 CELL_SECONDS = 60
 FEW_LAUNCHES = 4
 HOST_BOUND = 1.1
-"""A cell of many launches that takes this much longer than its work says waits for the host."""
+"""A cell of many launches that takes this much longer than its work says may wait for the host,"""
+HOST_SPREAD = 2
+"""if it also takes no more than so many times as long for a launch as the quickest such cell: merging rows takes longer."""
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
@@ -48,6 +50,7 @@ def main(
     lengths: Annotated[str, typer.Option(help="tokens of the kernels' cells, comma-separated")] = "4096,32768",
     heads: Annotated[str, typer.Option(help="query:KV heads, comma-separated")] = "32:4,16:16",
     head_dims: Annotated[str, typer.Option(help="comma-separated")] = "128,64",
+    engines: Annotated[str, typer.Option(help="kernels to time, the rates of others are kept; default all")] = "",
     seconds: Annotated[float, typer.Option(help="of repeats for each time; at least three repeats")] = 0.05,
     commit: Annotated[str, typer.Option(help="where the checkout is no git repository")] = "",
 ) -> None:
@@ -68,9 +71,10 @@ def main(
             for length in positive_integers("lengths", lengths)
             for mask in MASKS
         ]
-        rates = calibrate_kernels(cells, seconds=seconds, record=record)
-        widths = {x.head_dim for x in rates}
-        kept = [x for x in before.kernels if x.head_dim not in widths and before.versions == found.versions]
+        chosen = names("engines", engines, [name for name in BACKENDS if name != "reference"])
+        rates = calibrate_kernels(cells, chosen, seconds=seconds, record=record)
+        timed = {(x.backend, x.head_dim) for x in rates}
+        kept = [x for x in before.kernels if (x.backend, x.head_dim) not in timed and before.versions == found.versions]
         found = found.updated(kernels=(*rates, *kept))
         print(_table(found.kernels))
     if only in ("", "links"):
@@ -80,17 +84,19 @@ def main(
     print(f"written to {found.save(target)}")
 
 
-def calibrate_kernels(cells: Sequence[Cell], *, seconds: float, record: Record | None = None) -> tuple[KernelRate, ...]:
-    """Rates of every backend that runs here, but for the slow reference. Raises UnsupportedError where none does."""
+def calibrate_kernels(
+    cells: Sequence[Cell], engines: Sequence[str], *, seconds: float, record: Record | None = None
+) -> tuple[KernelRate, ...]:
+    """Rates of those of the backends that run here. Raises UnsupportedError where none does."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     times: dict[tuple[str, int], list[tuple[dict[str, Work], float, float]]] = {}
-    for cell, name in itertools.product(cells, BACKENDS):
+    for cell, name in itertools.product(cells, engines):
         key = f"{cell.key}|{name}"
         entry = record.results[key] if record is not None and key in record else _times(name, cell, device, seconds)
         if record is not None and key not in record:
             record.add(key, entry)
         if "not_run" not in entry:
-            work = work_of(name, [tiles_of(cell)[0]])
+            work = work_of(name, [tiles_of(cell)[0]], group=cell.group)
             times.setdefault((name, cell.head_dim), []).append((work, entry["forward_ms"], entry["backward_ms"]))
     if not times:
         raise UnsupportedError("no kernel could be measured: `distattn doctor` says which run here, and why the others do not")
@@ -122,15 +128,16 @@ def fit(amounts: np.ndarray, seconds: np.ndarray) -> tuple[list[float], float]:
     """The numbers of a ``KernelRate``, from amounts [n, 6] (``Work.terms``) and seconds
     [n]; and their largest error.
 
-    Cells of few launches give the device's numbers. Cells of many that take longer than these say wait for the host, and give
-    its time for a launch; all others then give the device's numbers once more.
+    Cells of few launches give the device's numbers. Cells of many that take longer than these say, but not longer for a launch
+    than others, wait for the host, and give its time for a launch; all others then give the device's numbers once more.
     """
     calls, launches = amounts[:, 0], amounts[:, 1]
     device = np.delete(amounts, 1, axis=1)
     many = launches > FEW_LAUNCHES * calls
     numbers = non_negative_fit(device[~many], seconds[~many]) if (~many).any() else np.zeros(device.shape[1])
-    waiting = many & (seconds > HOST_BOUND * (device @ numbers))
-    launch_s = float(np.median((seconds - calls * numbers[0])[waiting] / launches[waiting])) if waiting.any() else 0.0
+    a_launch = np.where(many, (seconds - calls * numbers[0]) / np.maximum(launches, 1), np.inf)
+    waiting = (seconds > HOST_BOUND * (device @ numbers)) & many & (a_launch <= HOST_SPREAD * a_launch.min())
+    launch_s = float(np.median(a_launch[waiting])) if waiting.any() else 0.0
     if (~waiting).any():
         numbers = non_negative_fit(device[~waiting], seconds[~waiting])
     call_s, *rest = numbers.tolist()
@@ -148,8 +155,8 @@ def non_negative_fit(amounts: np.ndarray, seconds: np.ndarray) -> np.ndarray:
     best, least = np.zeros(rows.shape[1]), np.inf
     for support in itertools.product((False, True), repeat=rows.shape[1]):
         columns = np.flatnonzero(support)
-        if not len(columns):
-            continue
+        if not len(columns) or not rows[:, columns].any(0).all():
+            continue  # times say nothing of an amount that is 0 in all of them
         solution = np.linalg.lstsq(rows[:, columns] / size[columns], np.ones(len(rows)), rcond=None)[0]
         misfit = float(np.square(rows[:, columns] / size[columns] @ solution - 1).sum())
         if (solution >= 0).all() and misfit < least:
@@ -160,8 +167,6 @@ def non_negative_fit(amounts: np.ndarray, seconds: np.ndarray) -> np.ndarray:
 
 def _times(name: str, cell: Cell, device: str, seconds: float) -> dict[str, Any]:
     try:
-        if name == "reference":
-            raise UnsupportedError("reference is never chosen for its speed")
         with limit(CELL_SECONDS):
             x = Problem.make(cell, device)
             timed, _ = first_call(name, x)

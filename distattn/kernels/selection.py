@@ -152,7 +152,8 @@ def fastest(case: Case, names: Sequence[str], tables: Sequence[np.ndarray], rate
     tables: tiles int64 [N, 9] of each call of one pass.
     """
     width = max(case.head_dim, case.value_dim)
-    works = {name: work_of(name, tables) for name in names}
+    group = max(1, case.heads // max(1, case.kv_heads))
+    works = {name: work_of(name, tables, group=group) for name in names}
     times: dict[bool, dict[str, float]] = {}
     for backward in (False, True):
         found = {n: predicted_seconds(w, rates, backward=backward, width=width) for n, w in works.items()}

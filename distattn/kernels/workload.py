@@ -18,6 +18,8 @@ from distattn.kernels.softmax import fa4, torch_cuda
 from distattn.kernels.tiles import Piece, clip_tiles, decompose, windows
 
 BLOCK = 128
+WHOLE_GROUPS = ("triton", "hopper")
+"""Backends whose programs for dk and dv go over all query heads of their KV head."""
 
 
 class Work(NamedTuple):
@@ -25,7 +27,7 @@ class Work(NamedTuple):
 
     calls of a backend; launches of its kernel; merges of their results, in the forward; rows that are written or merged, but
     for those that a vendor's kernel writes itself; row_steps, column_steps: blocks along each launch's longest row, and
-    longest column, of blocks; pairs, cut_pairs: (query, key) pairs in whole blocks, and in blocks that a bound or an edge cuts.
+    longest column, of blocks, for as many heads as one program computes; pairs, cut_pairs: (query, key) pairs in whole blocks, and in blocks that a bound or an edge cuts.
     """
 
     calls: float
@@ -55,8 +57,8 @@ class Work(NamedTuple):
 NOTHING = Work(0, 0, 0, 0, 0, 0, 0, 0)
 
 
-def work_of(backend: str, tables: Sequence[np.ndarray]) -> dict[str, Work]:
-    """Work by the kernel that does it, for tables int64 [N, 9], each one call of ``backend``.
+def work_of(backend: str, tables: Sequence[np.ndarray], *, group: int = 1) -> dict[str, Work]:
+    """Work by the kernel that does it, for tables int64 [N, 9], each one call of ``backend``; group: query heads a KV head.
 
     A backend that hands some tiles to another's kernel has two entries.
     """
@@ -68,7 +70,10 @@ def work_of(backend: str, tables: Sequence[np.ndarray]) -> dict[str, Work]:
             parts = _CUTS[backend](table)
             merged = len(tables) > 1 or _share_rows([x for launches in parts.values() for x in launches])
         for kernel, launches in parts.items():
-            found[kernel] = found.get(kernel, NOTHING) + count(launches, merged)
+            work = count(launches, merged)
+            if kernel in WHOLE_GROUPS:
+                work = work._replace(column_steps=work.column_steps * group)
+            found[kernel] = found.get(kernel, NOTHING) + work
     return found
 
 

@@ -9,9 +9,11 @@ import torch
 
 from distattn.kernels import BACKENDS, Case
 from distattn.kernels.protocol import Backend
+from distattn.kernels.softmax import hopper_backend, triton_worklist
+from distattn.kernels.tiles import UNBOUNDED
 from tests.gpu.test_triton_cuda import ALL_CASES, assert_within_twice_plain_torch
 from tests.kernels.extras_cases import run_whole
-from tests.kernels.oracle import problem, run
+from tests.kernels.oracle import Sizes, problem, run, table
 from tests.kernels.test_triton import spoiled
 
 pytestmark = pytest.mark.gpu
@@ -74,6 +76,20 @@ def test_slices_of_nan_filled_buffers(offset: int, backend: Backend) -> None:
 
     p = replace(p, q=packed(p.q), k=packed(p.k), v=packed(p.v), do=packed(p.do))
     assert_within_twice_plain_torch(run(backend, p), p)
+
+
+@pytest.mark.parametrize("long_share", [1.0, 0.005, 0.0], ids=["none", "some", "all"])
+@pytest.mark.parametrize("busiest", [0.0, 99.0], ids=["a_program_each", "persistent"])
+def test_any_order_of_programs(long_share: float, busiest: float, backend: Backend, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of 32 blocks none, some or all are long; programs take one each, or several in turn."""
+    monkeypatch.setattr(triton_worklist, "LONG_SHARE", long_share)
+    monkeypatch.setattr(hopper_backend, "MAX_BUSIEST", busiest)
+    triton_worklist._remembered.cache_clear()
+    n = 4096
+    tiles, sizes = table((0, n, 0, n, -UNBOUNDED, 0, 0, 4, 0)), Sizes(n, n, 4, 2, 2)
+    p = problem(tiles, sizes, head_dim=64, batch=2, dtype=BF16, device="cuda")
+    assert_within_twice_plain_torch(run_whole(backend, p), p)
+    triton_worklist._remembered.cache_clear()
 
 
 def test_a_negative_scale(backend: Backend) -> None:

@@ -95,6 +95,26 @@ def rerun_in_another_order(name: str) -> list[bool]:
     return [torch.equal(getattr(first, f.name), getattr(second, f.name)) for f in fields(Result)]
 
 
+def rerun_with_other_long_blocks(name: str) -> list[bool]:
+    """In the interpreter's process: bitwise equality of results with no, some and all blocks long."""
+    tiles, sizes = ALL_CASES[name]
+    p = problem(tiles, sizes, head_dim=16, dtype=torch.float32)
+    blocks, _ = triton_worklist.build(tiles, 32, 32)
+    middle = (blocks[:, 7] / (blocks[:, 6] - blocks[:, 5])).mean() / blocks[:, 7].sum()
+    share, found, answers = triton_worklist.LONG_SHARE, set(), []
+    for triton_worklist.LONG_SHARE in (1.0, middle, 0.0):
+        triton_worklist._remembered.cache_clear()
+        work = triton_worklist.query_work(tiles, 32, 32, torch.device("cpu"))
+        assert work is not None
+        found.add((work.num_long > 0) + (work.num_long == work.num_blocks))
+        with np.errstate(all="ignore"):
+            answers.append(run(TritonBackend(), p))
+    triton_worklist.LONG_SHARE = share
+    triton_worklist._remembered.cache_clear()
+    assert found == {0, 1, 2}, "none, some and all were to be long"
+    return [torch.equal(getattr(answers[0], f.name), getattr(other, f.name)) for other in answers[1:] for f in fields(Result)]
+
+
 def rerun_with_lists_in_another_order(name: str) -> list[bool]:
     """In the interpreter's process: bitwise equality of results under a plan and under the same lists in reverse."""
     table_name, shape, extras = EXTRAS_CASES[name]
@@ -209,6 +229,11 @@ def test_a_negative_scale(interpreter: Executor) -> None:
 
 def test_the_order_of_tiles_does_not_change_a_bit(interpreter: Executor) -> None:
     assert all(interpreter.submit(rerun_in_another_order, "shared_rows").result())
+
+
+@pytest.mark.parametrize("name", ["documents", "causal_130"])
+def test_which_blocks_start_first_does_not_change_a_bit(name: str, interpreter: Executor) -> None:
+    assert all(interpreter.submit(rerun_with_other_long_blocks, name).result())
 
 
 @pytest.mark.parametrize("name", ALL_CASES)

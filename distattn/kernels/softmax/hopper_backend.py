@@ -28,6 +28,8 @@ BACKWARD_BLOCK_K = 128
 BACKWARD_BLOCK_Q = 64
 BACKWARD_STAGES = 2
 UNIT_BYTES = 16
+MAX_BUSIEST = 1.02
+"""Persistent programs begin a block while the last one ends, but share blocks out beforehand: that may cost this much."""
 
 
 class HopperBackend(TritonBackend):
@@ -111,19 +113,36 @@ class HopperBackend(TritonBackend):
 def _forward(
     q: Tensor, k: Tensor, v: Tensor, acc: Tensor, m: Tensor, l: Tensor, work: WorkList, group: int, scale: float, *, whole: bool
 ) -> None:
-    """Launch as many programs as the device runs at once; each takes blocks in turn."""
+    """Launch a program for each block and head, or, where that is as balanced, as many as the device runs at once."""
     if scale < 0:
         # A maximum of scores is scaled after it is taken.
         q, scale = -q, -scale
     num_chunks = -(-work.num_heads // group)
     num_items = work.num_blocks * num_chunks * group * q.shape[0]
     kernel = importlib.import_module("distattn.kernels.softmax.hopper_forward").forward_kernel
+    num_programs = min(num_items, _num_multiprocessors(q.device))
+    if _busiest(work, num_chunks * q.shape[0], group, num_programs) > MAX_BUSIEST:
+        num_programs = num_items
     with torch.cuda.device_of(q):
-        kernel[min(num_items, _num_multiprocessors(q.device)),](
+        kernel[num_programs,](
             _descriptor(q, BLOCK_Q // 2), _descriptor(k, BLOCK_K), _descriptor(v, BLOCK_K), acc, m, l,
-            work.blocks, work.ranges, num_items, work.num_blocks, num_chunks, group, scale * math.log2(math.e),
-            *row_strides(acc, m, l), D=q.shape[-1], BLOCK_K=BLOCK_K, STAGES=FORWARD_STAGES, WHOLE=whole, num_warps=4,
+            work.blocks, work.ranges, num_items, work.num_blocks, work.num_long, num_chunks, group,
+            scale * math.log2(math.e), *row_strides(acc, m, l),
+            D=q.shape[-1], BLOCK_K=BLOCK_K, STAGES=FORWARD_STAGES, WHOLE=whole, num_warps=4,
         )  # fmt: skip
+
+
+def _busiest(work: WorkList, num_groups: int, group: int, num_programs: int) -> float:
+    """What the busiest of persistent programs does, over what they do on average; remembered with the work list."""
+    key = (num_groups, group, num_programs)
+    if key not in work.busiest:
+        long, rest = np.split(work.costs, [work.num_long])
+        costs = np.concatenate((long.repeat(num_groups), np.tile(rest, num_groups))).repeat(group)
+        waves = np.pad(costs, (0, -len(costs) % num_programs)).reshape(-1, num_programs)
+        waves[1::2] = waves[1::2, ::-1]
+        loads = waves.sum(0)
+        work.busiest[key] = float(loads.max() / loads.mean())
+    return work.busiest[key]
 
 
 def _backward(
@@ -136,7 +155,7 @@ def _backward(
     with torch.cuda.device_of(q):
         kernel[work.num_blocks * work.num_heads, q.shape[0]](
             _descriptor(q, BACKWARD_BLOCK_Q), _descriptor(k, half), _descriptor(v, half), _descriptor(do, BACKWARD_BLOCK_Q),
-            lse, delta, dq, dk, dv, work.blocks, work.ranges, work.num_blocks, *lse.stride()[:2], group,
+            lse, delta, dq, dk, dv, work.blocks, work.ranges, work.num_blocks, work.num_long, *lse.stride()[:2], group,
             scale * math.log2(math.e), scale, *row_strides(dq, dk, dv),
             D=q.shape[-1], STAGES=BACKWARD_STAGES, WHOLE=whole, num_warps=4,
         )  # fmt: skip

@@ -27,7 +27,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from distattn.kernels.softmax.hopper_forward import LOG2E, ROWS, clear_rows, steps_of
+from distattn.kernels.softmax.hopper_forward import LOG2E, ROWS, clear_rows, steps_of, turn
 
 CHUNK_ROWS = gl.constexpr(8)
 """Rows of dq that the reducer holds at once, in the few registers that are left to it."""
@@ -60,19 +60,20 @@ def _head(p_range, i_g, i_member, group):
 
 
 @gluon.jit
-def _block(blocks, num_blocks):
+def _block(blocks, num_blocks, num_long):
     """(block's line, KV head, batch). Blocks of one KV head run together, so that their query rows are found in L2."""
-    p_block = blocks + (gl.program_id(0) % num_blocks) * 8
-    return p_block, gl.load(p_block + 5) + gl.program_id(0) // num_blocks, gl.program_id(1)
+    i_block, i_head = turn(gl.program_id(0), gl.num_programs(0) // num_blocks, num_blocks, num_long)
+    p_block = blocks + i_block * 8
+    return p_block, gl.load(p_block + 5) + i_head, gl.program_id(1)
 
 
 @gluon.jit
 def _producer(
     q_desc, k_desc, v_desc, do_desc, lse, delta, q_s, k_s, v_s, do_s, lse_s, delta_s,
     kv_full, q_full, do_full, empty, landed,
-    blocks, ranges, num_blocks, stride_lb, stride_lh, group, D: gl.constexpr, STAGES: gl.constexpr,
+    blocks, ranges, num_blocks, num_long, stride_lb, stride_lh, group, D: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
-    p_block, i_g, i_b = _block(blocks, num_blocks)
+    p_block, i_g, i_b = _block(blocks, num_blocks, num_long)
     if i_g < gl.load(p_block + 6):
         row0, row1 = gl.load(p_block), gl.load(p_block + 1)
         full, end = gl.load(p_block + 2), gl.load(p_block + 4)
@@ -106,13 +107,13 @@ def _producer(
 
 @gluon.jit
 def _reducer(
-    dq_s, dq_full, dq_empty, dq, blocks, ranges, num_blocks, group, out_scale,
+    dq_s, dq_full, dq_empty, dq, blocks, ranges, num_blocks, num_long, group, out_scale,
     stride_dqb, stride_dqn, stride_dqh, D: gl.constexpr,
 ):  # fmt: skip
     """Adds every step's tile of dq to memory: consumers that did so would wait for it at their next fence."""
     half: gl.constexpr = D // 2
     layout: gl.constexpr = gl.BlockedLayout([1, 4], [128 // half, half // 4], [gl.num_warps(), 1], [1, 0])
-    p_block, i_g, i_b = _block(blocks, num_blocks)
+    p_block, i_g, i_b = _block(blocks, num_blocks, num_long)
     if i_g < gl.load(p_block + 6):
         full, end = gl.load(p_block + 2), gl.load(p_block + 4)
         n = 0
@@ -198,14 +199,14 @@ def _step(
 @gluon.jit
 def _consumer(
     q_s, k_s, v_s, do_s, lse_s, delta_s, ds_s, kv_full, q_full, do_full, empty, ds_full, dq_s, dq_full, dq_empty,
-    dk, dv, blocks, ranges, num_blocks, group, score_scale, out_scale,
+    dk, dv, blocks, ranges, num_blocks, num_long, group, score_scale, out_scale,
     stride_dkb, stride_dkn, stride_dkh, stride_dvb, stride_dvn, stride_dvh,
     WG: gl.constexpr, D: gl.constexpr, STAGES: gl.constexpr, WHOLE: gl.constexpr,
 ):  # fmt: skip
     s_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 64, 16])
     o_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D, 16])
     dq_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D // 2, 16])
-    p_block, i_g, i_b = _block(blocks, num_blocks)
+    p_block, i_g, i_b = _block(blocks, num_blocks, num_long)
     if i_g < gl.load(p_block + 6):
         row0, row1 = gl.load(p_block), gl.load(p_block + 1)
         full, boundary, end = gl.load(p_block + 2), gl.load(p_block + 3), gl.load(p_block + 4)
@@ -260,9 +261,9 @@ def _consumer(
         gl.store(p_dv, b_dv.to(dv.dtype.element_ty), mask=m_r)
 
 
-@gluon.jit(do_not_specialize=["num_blocks", "stride_lb", "stride_lh", "group"])
+@gluon.jit(do_not_specialize=["num_blocks", "num_long", "stride_lb", "stride_lh", "group"])
 def backward_kernel(
-    q_desc, k_desc, v_desc, do_desc, lse, delta, dq, dk, dv, blocks, ranges, num_blocks, stride_lb, stride_lh, group,
+    q_desc, k_desc, v_desc, do_desc, lse, delta, dq, dk, dv, blocks, ranges, num_blocks, num_long, stride_lb, stride_lh, group,
     score_scale, out_scale,
     stride_dqb, stride_dqn, stride_dqh, stride_dkb, stride_dkn, stride_dkh, stride_dvb, stride_dvn, stride_dvh,
     D: gl.constexpr, STAGES: gl.constexpr, WHOLE: gl.constexpr,
@@ -304,7 +305,7 @@ def backward_kernel(
                 _consumer,
                 (
                     q_s, k_s, v_s, do_s, lse_s, delta_s, ds_s, kv_full, q_full, do_full, empty, ds_full,
-                    dq_s, dq_full, dq_empty, dk, dv, blocks, ranges, num_blocks, group, score_scale, out_scale,
+                    dq_s, dq_full, dq_empty, dk, dv, blocks, ranges, num_blocks, num_long, group, score_scale, out_scale,
                     stride_dkb, stride_dkn, stride_dkh, stride_dvb, stride_dvn, stride_dvh,
                     gl.constexpr(0), D, STAGES, WHOLE,
                 ),
@@ -313,7 +314,7 @@ def backward_kernel(
                 _consumer,
                 (
                     q_s, k_s, v_s, do_s, lse_s, delta_s, ds_s, kv_full, q_full, do_full, empty, ds_full,
-                    dq_s, dq_full, dq_empty, dk, dv, blocks, ranges, num_blocks, group, score_scale, out_scale,
+                    dq_s, dq_full, dq_empty, dk, dv, blocks, ranges, num_blocks, num_long, group, score_scale, out_scale,
                     stride_dkb, stride_dkn, stride_dkh, stride_dvb, stride_dvn, stride_dvh,
                     gl.constexpr(1), D, STAGES, WHOLE,
                 ),
@@ -323,13 +324,13 @@ def backward_kernel(
                 (
                     q_desc, k_desc, v_desc, do_desc, lse, delta, q_s, k_s, v_s, do_s, lse_s, delta_s,
                     kv_full, q_full, do_full, empty, landed,
-                    blocks, ranges, num_blocks, stride_lb, stride_lh, group, D, STAGES,
+                    blocks, ranges, num_blocks, num_long, stride_lb, stride_lh, group, D, STAGES,
                 ),
             ),
             (
                 _reducer,
                 (
-                    dq_s, dq_full, dq_empty, dq, blocks, ranges, num_blocks, group, out_scale,
+                    dq_s, dq_full, dq_empty, dq, blocks, ranges, num_blocks, num_long, group, out_scale,
                     stride_dqb, stride_dqn, stride_dqh, D,
                 ),
             ),

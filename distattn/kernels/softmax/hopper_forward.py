@@ -53,18 +53,29 @@ def steps_of(ranges, first, end):
 
 
 @gluon.jit
-def _item(blocks, i_wave, num_items, num_blocks, num_chunks, group):
+def turn(i, num_heads, num_blocks, num_long):
+    """(block, head) of turn i: the long blocks first, each for all heads; then all others, head by head."""
+    num_first = num_long * num_heads
+    num_rest = gl.maximum(num_blocks - num_long, 1)
+    is_long = i < num_first
+    i_block = gl.where(is_long, i // num_heads, num_long + (i - num_first) % num_rest)
+    i_head = gl.where(is_long, i % num_heads, (i - num_first) // num_rest)
+    return i_block, i_head
+
+
+@gluon.jit
+def _item(blocks, i_wave, num_items, num_blocks, num_long, num_chunks, group):
     """(block's line, head, batch, whether there is work) of this program's turn.
 
-    Heads of one KV group are neighbours, then blocks, then groups. Blocks fall in cost, so every other wave runs backwards.
+    Heads of one KV group are neighbours; the groups of all batches take turns. Every other wave runs backwards, as blocks fall
+    in cost.
     """
     size, i_program = gl.num_programs(0), gl.program_id(0)
     i_item = i_wave * size + gl.where(i_wave % 2 == 0, i_program, size - 1 - i_program)
     inside = i_item < num_items
     i_item = gl.where(inside, i_item, 0)
-    i_chunk = i_item // group
-    i_group = i_chunk // num_blocks
-    p_block = blocks + (i_chunk % num_blocks) * 8
+    i_block, i_group = turn(i_item // group, num_items // (num_blocks * group), num_blocks, num_long)
+    p_block = blocks + i_block * 8
     i_h = gl.load(p_block + 5) + (i_group % num_chunks) * group + i_item % group
     return p_block, i_h, i_group // num_chunks, inside & (i_h < gl.load(p_block + 6))
 
@@ -72,12 +83,12 @@ def _item(blocks, i_wave, num_items, num_blocks, num_chunks, group):
 @gluon.jit
 def _producer(
     q_desc, k_desc, v_desc, q_s, k_s, v_s, q_full, q_empty, k_full, v_full, empty, landed,
-    blocks, ranges, num_items, num_blocks, num_chunks, group,
+    blocks, ranges, num_items, num_blocks, num_long, num_chunks, group,
     D: gl.constexpr, BLOCK_K: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
     n, num_q, num_landed = 0, 0, 0
-    for i_wave in range(0, gl.cdiv(num_items, gl.num_programs(0))):
-        p_block, i_h, i_b, is_work = _item(blocks, i_wave, num_items, num_blocks, num_chunks, group)
+    for i_wave in range(gl.cdiv(num_items, gl.num_programs(0))):
+        p_block, i_h, i_b, is_work = _item(blocks, i_wave, num_items, num_blocks, num_long, num_chunks, group)
         if is_work:
             row0 = gl.load(p_block)
             full, boundary, end = gl.load(p_block + 2), gl.load(p_block + 3), gl.load(p_block + 4)
@@ -87,7 +98,7 @@ def _producer(
             tma.async_copy_global_to_shared(q_desc, [i_b, i_h, row0 + ROWS, 0], q_full, q_s.index(1))
             num_q += 1
             num_boundary = end - boundary
-            for i in range(0, end - full):
+            for i in range(end - full):
                 p_range = ranges + gl.where(i < num_boundary, boundary + i, full + i - num_boundary) * 8
                 start, stop = gl.load(p_range), gl.load(p_range + 1)
                 i_kh = (i_h + gl.load(p_range + 6)) // group
@@ -165,7 +176,7 @@ def _step(
 @gluon.jit
 def _consumer(
     q_s, k_s, v_s, q_full, q_empty, k_full, v_full, empty, my_turn, other_turn,
-    acc, m, l, blocks, ranges, num_items, num_blocks, num_chunks, group, score_scale,
+    acc, m, l, blocks, ranges, num_items, num_blocks, num_long, num_chunks, group, score_scale,
     stride_ab, stride_an, stride_ah, stride_mb, stride_mn, stride_mh, stride_lb, stride_ln, stride_lh,
     WG: gl.constexpr, D: gl.constexpr, BLOCK_K: gl.constexpr, STAGES: gl.constexpr, WHOLE: gl.constexpr,
 ):  # fmt: skip
@@ -174,8 +185,8 @@ def _consumer(
     s_rows: gl.constexpr = gl.SliceLayout(1, s_layout)
     o_rows: gl.constexpr = gl.SliceLayout(1, o_layout)
     n, num_q = 0, 0
-    for i_wave in range(0, gl.cdiv(num_items, gl.num_programs(0))):
-        p_block, i_h, i_b, is_work = _item(blocks, i_wave, num_items, num_blocks, num_chunks, group)
+    for i_wave in range(gl.cdiv(num_items, gl.num_programs(0))):
+        p_block, i_h, i_b, is_work = _item(blocks, i_wave, num_items, num_blocks, num_long, num_chunks, group)
         if is_work:
             row0, row1 = gl.load(p_block), gl.load(p_block + 1)
             full, boundary, end = gl.load(p_block + 2), gl.load(p_block + 3), gl.load(p_block + 4)
@@ -259,11 +270,11 @@ def _consumer(
 
 
 @gluon.jit(do_not_specialize=[
-    "num_items", "num_blocks", "num_chunks", "group",
+    "num_items", "num_blocks", "num_long", "num_chunks", "group",
     "stride_mb", "stride_mn", "stride_mh", "stride_lb", "stride_ln", "stride_lh",
 ])  # fmt: skip
 def forward_kernel(
-    q_desc, k_desc, v_desc, acc, m, l, blocks, ranges, num_items, num_blocks, num_chunks, group, score_scale,
+    q_desc, k_desc, v_desc, acc, m, l, blocks, ranges, num_items, num_blocks, num_long, num_chunks, group, score_scale,
     stride_ab, stride_an, stride_ah, stride_mb, stride_mn, stride_mh, stride_lb, stride_ln, stride_lh,
     D: gl.constexpr, BLOCK_K: gl.constexpr, STAGES: gl.constexpr, WHOLE: gl.constexpr,
 ):  # fmt: skip
@@ -297,7 +308,7 @@ def forward_kernel(
                 _consumer,
                 (
                     q_s, k_s, v_s, q_full, q_empty, k_full, v_full, empty, turn_0, turn_1,
-                    acc, m, l, blocks, ranges, num_items, num_blocks, num_chunks, group, score_scale,
+                    acc, m, l, blocks, ranges, num_items, num_blocks, num_long, num_chunks, group, score_scale,
                     stride_ab, stride_an, stride_ah, stride_mb, stride_mn, stride_mh, stride_lb, stride_ln, stride_lh,
                     gl.constexpr(0), D, BLOCK_K, STAGES, WHOLE,
                 ),
@@ -306,7 +317,7 @@ def forward_kernel(
                 _consumer,
                 (
                     q_s, k_s, v_s, q_full, q_empty, k_full, v_full, empty, turn_1, turn_0,
-                    acc, m, l, blocks, ranges, num_items, num_blocks, num_chunks, group, score_scale,
+                    acc, m, l, blocks, ranges, num_items, num_blocks, num_long, num_chunks, group, score_scale,
                     stride_ab, stride_an, stride_ah, stride_mb, stride_mn, stride_mh, stride_lb, stride_ln, stride_lh,
                     gl.constexpr(1), D, BLOCK_K, STAGES, WHOLE,
                 ),
@@ -315,7 +326,7 @@ def forward_kernel(
                 _producer,
                 (
                     q_desc, k_desc, v_desc, q_s, k_s, v_s, q_full, q_empty, k_full, v_full, empty, landed,
-                    blocks, ranges, num_items, num_blocks, num_chunks, group, D, BLOCK_K, STAGES,
+                    blocks, ranges, num_items, num_blocks, num_long, num_chunks, group, D, BLOCK_K, STAGES,
                 ),
             ),
         ],

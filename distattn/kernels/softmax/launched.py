@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import itertools
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -90,6 +90,16 @@ class LaunchedBackend(ABC):
             part = Carry(*(x[launch.rows] for x in carry))
             merge_partial(part, out[..., :width], lse.transpose(1, 2), all_seen=True)
 
+    def each_result(
+        self, q: Tensor, k: Tensor, v: Tensor, tiles: np.ndarray, *, group: int, scale: float, softcap: float | None
+    ) -> Iterator[tuple[Launch, Tensor, Tensor]]:
+        """Each launch with its out [B, n, H, Dv], in the input dtype and in memory of its own, and lse [B, n, H]."""
+        width = v.shape[-1]
+        q, k, v = self.prepare(q, k, v)
+        for launch in self.launches(tiles, group):
+            out, lse = self.forward(launch, _inputs(launch, q, k, v), scale, softcap)
+            yield launch, out[..., :width], lse.transpose(1, 2)
+
     def attend_backward(
         self, q: Tensor, k: Tensor, v: Tensor, out: Tensor | None, lse: Tensor, do: Tensor, delta: Tensor,
         tiles: np.ndarray, dq: Tensor, dk: Tensor, dv: Tensor, *, group: int, scale: float, softcap: float | None,
@@ -149,6 +159,11 @@ class LaunchedBackend(ABC):
         """Whether no two launches share a row of a head."""
         return _are_apart(x.rows for x in self.launches(tiles, group))
 
+    def writes_all_rows(self, q: Tensor, tiles: np.ndarray, group: int) -> bool:
+        """Whether one launch takes all rows and heads of the query arena."""
+        launches = self.launches(tiles, group)
+        return len(launches) == 1 and _holds(launches[0].rows, q)
+
     def fills(self, q: Tensor, k: Tensor, tiles: np.ndarray, group: int) -> bool:
         """Whether one launch takes all rows and heads of both arenas."""
         launches = self.launches(tiles, group)
@@ -158,12 +173,26 @@ class LaunchedBackend(ABC):
         self, launches: Sequence[Launch], tensors: Sequence[Tensor], lse: Tensor, into: Sequence[Tensor], scale: float,
         softcap: float | None,
     ) -> None:  # fmt: skip
+        for launch, gradients in self._each_gradient(launches, tensors, lse, scale, softcap):
+            for gradient, arena, where in zip(gradients, into, (launch.rows, launch.keys, launch.keys)):
+                arena[where].add_(gradient)
+
+    def each_gradient(
+        self, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, do: Tensor, tiles: np.ndarray, *, group: int,
+        scale: float, softcap: float | None,
+    ) -> Iterator[tuple[Launch, tuple[Tensor, ...]]]:  # fmt: skip
+        """Each launch with what it gives dq, dk and dv, in the input dtype and in memory of its own."""
+        return self._each_gradient(self.launches(tiles, group), (q, k, v, out, do), lse, scale, softcap)
+
+    def _each_gradient(
+        self, launches: Sequence[Launch], tensors: Sequence[Tensor], lse: Tensor, scale: float, softcap: float | None
+    ) -> Iterator[tuple[Launch, tuple[Tensor, ...]]]:
         q, k, v, out, do = tensors
+        widths = (q.shape[-1], k.shape[-1], v.shape[-1])
         q, k, v, out, do = self.prepare(q, k, v, out.to(q.dtype), do.to(q.dtype))
         for launch in launches:
             gradients = self.backward(launch, _inputs(launch, q, k, v, out, lse, do), scale, softcap)
-            for gradient, arena, where in zip(gradients, into, (launch.rows, launch.keys, launch.keys)):
-                arena[where].add_(gradient[..., : arena.shape[-1]])
+            yield launch, tuple(gradient[..., :width] for gradient, width in zip(gradients, widths))
 
 
 def _inputs(

@@ -190,9 +190,9 @@ class _Call:
         scores = self.scores
         self._launch(
             "forward", self._query_grid(work), self.configs.forward, self.q, self.k, self.v, acc, m, l, *lines,
-            work.blocks, work.ranges, *self._lists(work, self.configs.forward.block_q, transposed=False), work.num_blocks,
-            self.group, scores.score_scale, scores.cap_scale, *row_strides(self.q, self.k, self.v, acc, m, l),
-            *bias.stride()[:2],
+            work.blocks, work.ranges, *self._lists(work, self.configs.forward.block_q, transposed=False),
+            work.num_blocks, work.num_long, self.group, scores.score_scale, scores.cap_scale,
+            *row_strides(self.q, self.k, self.v, acc, m, l), *bias.stride()[:2],
         )  # fmt: skip
 
     def backward(
@@ -205,14 +205,14 @@ class _Call:
         strides = [*row_strides(self.q, self.k, self.v, do), *lse.stride()[:2], *delta.stride()[:2], *bias.stride()[:2]]
         self._launch(
             "dq", self._query_grid(by_query), self.configs.dq, *inputs, dq, by_query.blocks, by_query.ranges,
-            *self._lists(by_query, self.configs.dq.block_q, transposed=False), by_query.num_blocks, *numbers, *strides,
-            *row_strides(dq),
+            *self._lists(by_query, self.configs.dq.block_q, transposed=False),
+            by_query.num_blocks, by_query.num_long, *numbers, *strides, *row_strides(dq),
         )  # fmt: skip
         dbias = torch.zeros_like(bias)
         self._launch(
             "dkdv", (by_key.num_blocks * by_key.num_heads, self.q.shape[0]), self.configs.dkdv, *inputs, dk, dv, dbias,
             by_key.blocks, by_key.ranges, *self._lists(by_key, self.configs.dkdv.block_k, transposed=True),
-            by_key.num_blocks, *numbers,
+            by_key.num_blocks, by_key.num_long, *numbers,
             *strides, *row_strides(dk, dv), *dbias.stride()[:2],
         )  # fmt: skip
         if self.extras.dkey_bias is not None:

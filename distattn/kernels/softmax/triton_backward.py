@@ -21,6 +21,7 @@ from distattn.kernels.softmax.triton_forward import (
     query_program,
     read_range,
     scores,
+    turn,
 )
 
 
@@ -148,11 +149,12 @@ def _dq_boundary(
 
 
 @triton.jit(do_not_specialize=[
-    "num_blocks", "group", "stride_lse_b", "stride_lse_h", "stride_delta_b", "stride_delta_h",
+    "num_blocks", "num_long", "group", "stride_lse_b", "stride_lse_h", "stride_delta_b", "stride_delta_h",
     "stride_bias_b", "stride_bias_h",
 ])  # fmt: skip
 def dq_kernel(
-    q, k, v, do, lse, delta, bias, pos_q, pos_k, dq, blocks, ranges, num_blocks, group, score_scale, cap_scale, out_scale,
+    q, k, v, do, lse, delta, bias, pos_q, pos_k, dq, blocks, ranges, num_blocks, num_long, group,
+    score_scale, cap_scale, out_scale,
     stride_qb, stride_qn, stride_qh, stride_kb, stride_kn, stride_kh, stride_vb, stride_vn, stride_vh,
     stride_ob, stride_on, stride_oh, stride_lse_b, stride_lse_h, stride_delta_b, stride_delta_h,
     stride_bias_b, stride_bias_h, stride_dqb, stride_dqn, stride_dqh,
@@ -160,7 +162,7 @@ def dq_kernel(
     BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, SCORES: tl.constexpr,
     BIAS: tl.constexpr, POSITIONS: tl.constexpr, WHOLE: tl.constexpr,
 ):  # fmt: skip
-    p_block, i_h, i_b = query_program(blocks, num_blocks, group)  # pyright: ignore[reportGeneralTypeIssues]
+    p_block, i_h, i_b = query_program(blocks, num_blocks, num_long, group)  # pyright: ignore[reportGeneralTypeIssues]
     if i_h >= tl.load(p_block + 6):
         return
     row0, row1 = tl.load(p_block), tl.load(p_block + 1)
@@ -229,6 +231,15 @@ def dkdv_columns(
         b_dbias += tl.sum(b_ds, 1)
     b_dk = tl.dot(b_ds.to(b_q.dtype), b_q, b_dk, input_precision="ieee")
     return b_dk, b_dv, b_dbias
+
+
+@triton.jit
+def key_program(blocks, num_blocks, num_long):
+    """(block's line, KV head) of this program."""
+    num_heads = tl.num_programs(0) // num_blocks
+    i_block, i_head = turn(tl.program_id(0), num_heads, num_blocks, num_long)  # pyright: ignore[reportGeneralTypeIssues]
+    p_block = blocks + i_block * 8
+    return p_block, tl.load(p_block + 5) + i_head
 
 
 @triton.jit
@@ -301,11 +312,11 @@ def _dkdv_boundary(
 
 
 @triton.jit(do_not_specialize=[
-    "num_blocks", "group", "stride_lse_b", "stride_lse_h", "stride_delta_b", "stride_delta_h",
+    "num_blocks", "num_long", "group", "stride_lse_b", "stride_lse_h", "stride_delta_b", "stride_delta_h",
     "stride_bias_b", "stride_bias_h", "stride_dbias_b", "stride_dbias_h",
 ])  # fmt: skip
 def dkdv_kernel(
-    q, k, v, do, lse, delta, bias, pos_q, pos_k, dk, dv, dbias, blocks, ranges, num_blocks, group,
+    q, k, v, do, lse, delta, bias, pos_q, pos_k, dk, dv, dbias, blocks, ranges, num_blocks, num_long, group,
     score_scale, cap_scale, out_scale,
     stride_qb, stride_qn, stride_qh, stride_kb, stride_kn, stride_kh, stride_vb, stride_vn, stride_vh,
     stride_ob, stride_on, stride_oh, stride_lse_b, stride_lse_h, stride_delta_b, stride_delta_h,
@@ -315,9 +326,7 @@ def dkdv_kernel(
     BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, SCORES: tl.constexpr,
     BIAS: tl.constexpr, POSITIONS: tl.constexpr, WHOLE: tl.constexpr,
 ):  # fmt: skip
-    i_program = tl.program_id(0)
-    p_block = blocks + (i_program % num_blocks) * 8
-    i_g = tl.load(p_block + 5) + i_program // num_blocks
+    p_block, i_g = key_program(blocks, num_blocks, num_long)  # pyright: ignore[reportGeneralTypeIssues]
     if i_g >= tl.load(p_block + 6):
         return
     i_kh, i_b = i_g.to(tl.int64), tl.program_id(1).to(tl.int64)

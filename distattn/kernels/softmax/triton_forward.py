@@ -121,12 +121,25 @@ def attend_columns(
 
 
 @triton.jit
-def query_program(blocks, num_blocks, group):
-    """(block's line, head, batch) of this program: heads of one KV group are neighbours, then blocks, then groups."""
+def turn(i, num_heads, num_blocks, num_long):
+    """(block, head) of turn i: the long blocks first, each for all heads; then all others, head by head."""
+    num_first = num_long * num_heads
+    num_rest = tl.maximum(num_blocks - num_long, 1)
+    if i < num_first:
+        i_block, i_head = i // num_heads, i % num_heads
+    else:
+        i_block, i_head = num_long + (i - num_first) % num_rest, (i - num_first) // num_rest
+    return i_block, i_head
+
+
+@triton.jit
+def query_program(blocks, num_blocks, num_long, group):
+    """(block's line, head, batch) of this program: heads of one KV group are neighbours; the groups take turns."""
     i_program = tl.program_id(0)
-    i_chunk = i_program // group
-    p_block = blocks + (i_chunk % num_blocks) * 8
-    i_h = tl.load(p_block + 5) + (i_chunk // num_blocks) * group + i_program % group
+    num_groups = tl.num_programs(0) // (num_blocks * group)
+    i_block, i_group = turn(i_program // group, num_groups, num_blocks, num_long)  # pyright: ignore[reportGeneralTypeIssues]
+    p_block = blocks + i_block * 8
+    i_h = tl.load(p_block + 5) + i_group * group + i_program % group
     return p_block, i_h.to(tl.int64), tl.program_id(1).to(tl.int64)
 
 
@@ -234,11 +247,11 @@ def _attend_boundary(
 
 
 @triton.jit(do_not_specialize=[
-    "num_blocks", "group", "stride_mb", "stride_mn", "stride_mh", "stride_lb", "stride_ln", "stride_lh",
+    "num_blocks", "num_long", "group", "stride_mb", "stride_mn", "stride_mh", "stride_lb", "stride_ln", "stride_lh",
     "stride_bias_b", "stride_bias_h",
 ])  # fmt: skip
 def forward_kernel(
-    q, k, v, acc, m, l, bias, pos_q, pos_k, blocks, ranges, num_blocks, group, score_scale, cap_scale,
+    q, k, v, acc, m, l, bias, pos_q, pos_k, blocks, ranges, num_blocks, num_long, group, score_scale, cap_scale,
     stride_qb, stride_qn, stride_qh, stride_kb, stride_kn, stride_kh, stride_vb, stride_vn, stride_vh,
     stride_ab, stride_an, stride_ah, stride_mb, stride_mn, stride_mh, stride_lb, stride_ln, stride_lh,
     stride_bias_b, stride_bias_h,
@@ -246,7 +259,7 @@ def forward_kernel(
     BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, SCORES: tl.constexpr,
     BIAS: tl.constexpr, POSITIONS: tl.constexpr, WHOLE: tl.constexpr,
 ):  # fmt: skip
-    p_block, i_h, i_b = query_program(blocks, num_blocks, group)  # pyright: ignore[reportGeneralTypeIssues]
+    p_block, i_h, i_b = query_program(blocks, num_blocks, num_long, group)  # pyright: ignore[reportGeneralTypeIssues]
     if i_h >= tl.load(p_block + 6):
         return
     row0, row1 = tl.load(p_block), tl.load(p_block + 1)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from distattn.kernels.softmax.triton_backward import dkdv_columns, dq_columns, store_sum
+from distattn.kernels.softmax.triton_backward import dkdv_columns, dq_columns, key_program, store_sum
 from distattn.kernels.softmax.triton_forward import load_line, load_tile, query_program
 from distattn.kernels.softmax.triton_plan_forward import PLAN_RANGE, block_at, stretch_of_lists
 
@@ -53,13 +53,13 @@ def _dq_plan(
 
 
 @triton.jit(do_not_specialize=[
-    "num_blocks", "group", "stride_lse_b", "stride_lse_h", "stride_delta_b", "stride_delta_h",
+    "num_blocks", "num_long", "group", "stride_lse_b", "stride_lse_h", "stride_delta_b", "stride_delta_h",
     "stride_bias_b", "stride_bias_h", "plan_heads", "plan_batch", "heads", "num_lists", "num_ranges",
 ])  # fmt: skip
 def plan_dq_kernel(
     q, k, v, do, lse, delta, bias, pos_q, pos_k, dq, blocks, ranges,
     positions, full_starts, full_blocks, partial_starts, partial_blocks,
-    plan_heads, plan_batch, heads, num_lists, num_ranges, num_blocks, group, score_scale, cap_scale, out_scale,
+    plan_heads, plan_batch, heads, num_lists, num_ranges, num_blocks, num_long, group, score_scale, cap_scale, out_scale,
     stride_qb, stride_qn, stride_qh, stride_kb, stride_kn, stride_kh, stride_vb, stride_vn, stride_vh,
     stride_ob, stride_on, stride_oh, stride_lse_b, stride_lse_h, stride_delta_b, stride_delta_h,
     stride_bias_b, stride_bias_h, stride_dqb, stride_dqn, stride_dqh,
@@ -67,7 +67,7 @@ def plan_dq_kernel(
     BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, SCORES: tl.constexpr,
     BIAS: tl.constexpr, POSITIONS: tl.constexpr, WHOLE: tl.constexpr, PLAN_Q: tl.constexpr, PLAN_K: tl.constexpr,
 ):  # fmt: skip
-    p_block, i_h, i_b = query_program(blocks, num_blocks, group)  # pyright: ignore[reportGeneralTypeIssues]
+    p_block, i_h, i_b = query_program(blocks, num_blocks, num_long, group)  # pyright: ignore[reportGeneralTypeIssues]
     if i_h >= tl.load(p_block + 6):
         return
     row0, row1, first_range, end_range = tl.load(p_block), tl.load(p_block + 1), tl.load(p_block + 2), tl.load(p_block + 4)
@@ -152,14 +152,14 @@ def _dkdv_plan(
 
 
 @triton.jit(do_not_specialize=[
-    "num_blocks", "group", "stride_lse_b", "stride_lse_h", "stride_delta_b", "stride_delta_h",
+    "num_blocks", "num_long", "group", "stride_lse_b", "stride_lse_h", "stride_delta_b", "stride_delta_h",
     "stride_bias_b", "stride_bias_h", "stride_dbias_b", "stride_dbias_h",
     "plan_heads", "plan_batch", "heads", "num_lists", "num_ranges",
 ])  # fmt: skip
 def plan_dkdv_kernel(
     q, k, v, do, lse, delta, bias, pos_q, pos_k, dk, dv, dbias, blocks, ranges,
     positions, full_starts, full_blocks, partial_starts, partial_blocks,
-    plan_heads, plan_batch, heads, num_lists, num_ranges, num_blocks, group, score_scale, cap_scale, out_scale,
+    plan_heads, plan_batch, heads, num_lists, num_ranges, num_blocks, num_long, group, score_scale, cap_scale, out_scale,
     stride_qb, stride_qn, stride_qh, stride_kb, stride_kn, stride_kh, stride_vb, stride_vn, stride_vh,
     stride_ob, stride_on, stride_oh, stride_lse_b, stride_lse_h, stride_delta_b, stride_delta_h,
     stride_bias_b, stride_bias_h, stride_dkb, stride_dkn, stride_dkh, stride_dvb, stride_dvn, stride_dvh,
@@ -168,9 +168,7 @@ def plan_dkdv_kernel(
     BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, SCORES: tl.constexpr,
     BIAS: tl.constexpr, POSITIONS: tl.constexpr, WHOLE: tl.constexpr, PLAN_Q: tl.constexpr, PLAN_K: tl.constexpr,
 ):  # fmt: skip
-    i_program = tl.program_id(0)
-    p_block = blocks + (i_program % num_blocks) * 8
-    i_g = tl.load(p_block + 5) + i_program // num_blocks
+    p_block, i_g = key_program(blocks, num_blocks, num_long)  # pyright: ignore[reportGeneralTypeIssues]
     if i_g >= tl.load(p_block + 6):
         return
     i_kh, i_b = i_g.to(tl.int64), tl.program_id(1).to(tl.int64)

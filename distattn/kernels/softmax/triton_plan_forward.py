@@ -153,13 +153,13 @@ def _attend_plan(
 
 
 @triton.jit(do_not_specialize=[
-    "num_blocks", "group", "stride_mb", "stride_mn", "stride_mh", "stride_lb", "stride_ln", "stride_lh",
+    "num_blocks", "num_long", "group", "stride_mb", "stride_mn", "stride_mh", "stride_lb", "stride_ln", "stride_lh",
     "stride_bias_b", "stride_bias_h", "plan_heads", "plan_batch", "heads", "num_lists", "num_ranges",
 ])  # fmt: skip
 def plan_forward_kernel(
     q, k, v, acc, m, l, bias, pos_q, pos_k, blocks, ranges,
     positions, full_starts, full_blocks, partial_starts, partial_blocks,
-    plan_heads, plan_batch, heads, num_lists, num_ranges, num_blocks, group, score_scale, cap_scale,
+    plan_heads, plan_batch, heads, num_lists, num_ranges, num_blocks, num_long, group, score_scale, cap_scale,
     stride_qb, stride_qn, stride_qh, stride_kb, stride_kn, stride_kh, stride_vb, stride_vn, stride_vh,
     stride_ab, stride_an, stride_ah, stride_mb, stride_mn, stride_mh, stride_lb, stride_ln, stride_lh,
     stride_bias_b, stride_bias_h,
@@ -167,7 +167,7 @@ def plan_forward_kernel(
     BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, SCORES: tl.constexpr,
     BIAS: tl.constexpr, POSITIONS: tl.constexpr, WHOLE: tl.constexpr, PLAN_Q: tl.constexpr, PLAN_K: tl.constexpr,
 ):  # fmt: skip
-    p_block, i_h, i_b = query_program(blocks, num_blocks, group)  # pyright: ignore[reportGeneralTypeIssues]
+    p_block, i_h, i_b = query_program(blocks, num_blocks, num_long, group)  # pyright: ignore[reportGeneralTypeIssues]
     if i_h >= tl.load(p_block + 6):
         return
     row0, row1, first_range, end_range = tl.load(p_block), tl.load(p_block + 1), tl.load(p_block + 2), tl.load(p_block + 4)

@@ -7,13 +7,14 @@ on a tile's diagonal edges need a mask (B, boundary). All others are FULL: whole
     rows of one block      ◥ █ █ █ █ █ ◣      B: [v0, l)    FULL: [l, l + n·BLOCK_C)    B: [l + n·BLOCK_C, v1)
                            · ◥ █ █ █ █ █
 
-Blocks are ordered by falling cost, so that the longest start first; ranges within a block by where they stand, so that
-the order of the tiles does not change the order of the sums, and with it the last bits of a result.
+Blocks are ordered by falling cost, so that the longest start first: within their head, whose keys lie in L2 then, but for
+blocks so long that the device would wait for them at the end, which start first of all heads. Ranges are ordered within a block
+by where they stand, so that the order of the tiles does not change the order of the sums, and with it the last bits of a result.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import lru_cache
 
 import numpy as np
@@ -33,6 +34,9 @@ range to the block's last one of the same kind, counted for every query head of 
 PLAN_RANGE_COLUMNS = ("start", "stop", "lo", "hi", "h0", "h1", "shift", "column_offset", "head_offset")
 """Ranges under a block plan: offsets lead from columns and query heads to those of the plan."""
 
+LONG_SHARE = 1 / 1056
+"""A program with more than this share of all work is long: an eighth of what each of 132 processors does."""
+
 MAX_POSITION = 1 << 30
 """Rows and columns must lie below it, so that differences fit int32."""
 
@@ -48,6 +52,12 @@ class WorkList:
     """The most row heads that a block has."""
     num_rows: int
     """Rows of all blocks, each counted for every one of its row heads."""
+    num_long: int
+    """Blocks, from the first on, that start before all others, for all heads."""
+    costs: np.ndarray
+    """float64 [num_blocks]: what a program of each block costs, in one unit (column blocks; columns under a plan)."""
+    busiest: dict[tuple[int, ...], float] = field(default_factory=dict)
+    """Kept for whoever shares the blocks out among persistent programs."""
 
 
 def query_work(tiles: np.ndarray, block_q: int, block_k: int, device: torch.device) -> WorkList | None:
@@ -92,10 +102,13 @@ def _on_device(blocks: np.ndarray, ranges: np.ndarray, device: str) -> WorkList 
         return None
     num_heads = int((blocks[:, 6] - blocks[:, 5]).max())
     num_rows = int(((blocks[:, 1] - blocks[:, 0]) * (blocks[:, 6] - blocks[:, 5])).sum())
+    costs = blocks[:, 7] / (blocks[:, 6] - blocks[:, 5])
+    # The first ones only: blocks fall in cost over all their heads, and of few heads may be long behind others.
+    num_long = int((np.cumsum(costs <= LONG_SHARE * blocks[:, 7].sum()) == 0).sum())
     # A line more: a pipelined loop looks at the range behind its last one.
     ranges = np.concatenate((ranges, np.zeros_like(ranges[:1])))
-    on_device = (torch.from_numpy(x.astype(np.int32)).to(device) for x in (blocks, ranges))
-    return WorkList(*on_device, num_blocks=len(blocks), num_heads=num_heads, num_rows=num_rows)
+    blocks_there, ranges_there = (torch.from_numpy(x.astype(np.int32)).to(device) for x in (blocks, ranges))
+    return WorkList(blocks_there, ranges_there, len(blocks), num_heads, num_rows, num_long, costs)
 
 
 def build(tiles: np.ndarray, block_rows: int, block_columns: int, group: int = 0) -> tuple[np.ndarray, np.ndarray]:
@@ -127,7 +140,7 @@ def build_for_plan(tiles: np.ndarray, offsets: np.ndarray, block_rows: int, grou
     order = np.lexsort((side[:, S_SHIFT], side[:, S_H0], stop, start, block[:, 0], block[:, 2]))
     block, side, start, stop = (x[order] for x in (block, side, start, stop))
     is_first = _first_of_block(block)
-    cost = np.bincount(np.cumsum(is_first) - 1, weights=stop - start).astype(np.int64)
+    cost = np.bincount(np.cumsum(is_first) - 1, weights=(stop - start) * (block[:, 3] - block[:, 2])).astype(np.int64)
     begin = np.flatnonzero(is_first)
     end, unique = np.append(begin[1:], len(block)), block[is_first]
     row = unique[:, 0] + side[is_first, S_ROW]
