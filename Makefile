@@ -14,8 +14,9 @@ export PYTHONSAFEPATH := 1
 train: $(VENV)/.run-ready
 	$(BIN)/distattn train $(CONFIG) $(ARGS)
 
+# Three processes for two cores: files that mostly wait for Slurm, Ray and faults begin first, beside those that compute.
 test: lint
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 3 --dist loadfile --no-loadscope-reorder $(ARGS)
 
 lint: $(VENV)/.dev-ready
 	$(BIN)/ruff check .
@@ -36,6 +37,7 @@ $(VENV)/.run-ready: $(VENV)/.torch-ready pyproject.toml
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[data,plot]'
 	touch $@
 
+# DS_BUILD_OPS=0: DeepSpeed compiles no kernels of its own; its engine is all that is used.
 $(VENV)/.dev-ready: $(VENV)/.torch-ready pyproject.toml
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[dev]' triton==$(TRITON)
+	DS_BUILD_OPS=0 $(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[dev]' triton==$(TRITON)
 	touch $@ $(VENV)/.run-ready

@@ -1,9 +1,16 @@
-"""Start ranks on this machine, for tests of anything that runs on torch.distributed."""
+"""Start ranks on this machine, for tests of anything that runs on torch.distributed.
+
+run_ranks ──▶ server, started once: has imported torch ──fork──▶ rank ──▶ result, or the traceback of the first that failed
+
+Importing torch costs seconds, a fork milliseconds. The server runs nothing but imports, so every rank begins alike, whatever
+ranks before it did; it ends with the process that started it.
+"""
 
 from __future__ import annotations
 
 import multiprocessing
 import os
+import pickle
 import tempfile
 import time
 import traceback
@@ -17,6 +24,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+_PRELOADED = ["torch.distributed", "distattn"]
 _GRACE_S = 10.0
 """How long the other ranks may go on after the first has failed, to report what they saw."""
 
@@ -29,17 +37,22 @@ def run_ranks(fn: Callable[..., Any], world: int, *args: Any, backend: str = "gl
     """Run ``fn(rank, world, *args)`` in ``world`` processes and return what each returned, by rank.
 
     fn must be importable (module level); its result and ``args`` must pickle. torch.distributed is initialised through a file
-    store: no TCP port but loopback. Each process has one torch thread; with backend "nccl" rank r uses device r.
-    Raises RankFailedError with the traceback of the rank that failed first, or after ``timeout_s`` seconds. No process is
-    left behind.
+    store: no TCP port but loopback. Each process has the environment of this moment (what torch reads while it is imported is
+    of the first call) and one torch thread; with backend "nccl" rank r uses device r. Raises RankFailedError with the
+    traceback of the rank that failed first, or after ``timeout_s`` seconds. No rank is left behind.
     """
-    context = multiprocessing.get_context("spawn")
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(_PRELOADED)
+    # As bytes, for the rank to take apart itself: its environment comes before fn's module.
+    call, environment = pickle.dumps((fn, args)), dict(os.environ)
     with tempfile.TemporaryDirectory(prefix="distattn-ranks-") as folder:
         pipes, processes = [], []
         for rank in range(world):
             receiver, sender = context.Pipe(duplex=False)
             process = context.Process(
-                target=_rank_main, args=(fn, rank, world, args, backend, folder, timeout_s, sender), daemon=True
+                target=_rank_main,
+                args=(call, rank, world, backend, folder, timeout_s, environment, sender),
+                daemon=True,
             )
             process.start()
             sender.close()
@@ -58,21 +71,23 @@ def run_ranks(fn: Callable[..., Any], world: int, *args: Any, backend: str = "gl
 
 
 def _rank_main(
-    fn: Callable[..., Any],
+    call: bytes,
     rank: int,
     world: int,
-    args: tuple,
     backend: str,
     folder: str,
     timeout_s: float,
+    environment: dict[str, str],
     sender: Connection,
 ) -> None:
     """One rank: initialise, call, report, leave without destructors that could wait for dead peers."""
-    os.environ["GLOO_SOCKET_IFNAME"] = "lo"
+    os.environ.clear()
+    os.environ.update(environment, GLOO_SOCKET_IFNAME="lo")
     torch.set_num_threads(1)
     if backend == "nccl":
         torch.cuda.set_device(rank)
     try:
+        fn, args = pickle.loads(call)
         store = dist.FileStore(str(Path(folder) / "store"), world)
         dist.init_process_group(
             backend, store=store, rank=rank, world_size=world, timeout=timedelta(seconds=max(1.0, timeout_s))

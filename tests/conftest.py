@@ -1,4 +1,8 @@
-"""Shared by all tests: import path, GPU tests, and the list of what did not run and why."""
+"""Shared by all tests: import path, GPU tests, order, and the list of what did not run and why.
+
+Tests may be shared out over processes, a file to each (pytest-xdist: ``-n N --dist loadfile --no-loadscope-reorder``). Reports
+then come together in the process that shares out, and only there is the list written.
+"""
 
 from __future__ import annotations
 
@@ -9,6 +13,9 @@ from pathlib import Path
 import pytest
 import torch
 
+_FIRST = ("tests/ray/test_ray.py", "tests/faults/test_faults.py", "tests/slurm/test_guide.py", "tests/slurm/test_slurm.py")
+"""Files that mostly wait, longest first: begun at once, they wait while other processes compute."""
+
 # Last on the path, so that an installed distattn wins over the checkout.
 sys.path.append(str(Path(__file__).resolve().parent.parent))
 
@@ -18,7 +25,9 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Tests marked ``gpu(n)`` need n CUDA devices, one by default."""
+    """Tests marked ``gpu(n)`` need n CUDA devices, one by default. Files that mostly wait come first."""
+    rank = {name: number for number, name in enumerate(_FIRST)}
+    items.sort(key=lambda item: rank.get(item.nodeid.partition("::")[0], len(rank)))
     devices = torch.cuda.device_count()
     for item in items:
         mark = item.get_closest_marker("gpu")
@@ -50,8 +59,8 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
 
 
 def pytest_sessionfinish(session: pytest.Session) -> None:
-    if not session.config.getoption("--only-gpu-may-skip"):
-        return
+    if not session.config.getoption("--only-gpu-may-skip") or hasattr(session.config, "workerinput"):
+        return  # a process among several sees its own share alone
     terminal = session.config.pluginmanager.get_plugin("terminalreporter")
     assert isinstance(terminal, pytest.TerminalReporter)
     if any(not reason.startswith("gpu: ") for reason in _not_run(terminal)) and session.exitstatus == 0:

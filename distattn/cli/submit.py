@@ -16,8 +16,9 @@ from distattn.config import MAY_CHANGE, Config, load_config
 from distattn.data import open_cache
 from distattn.errors import ConfigError
 from distattn.launchers.jobs import JobRegistry
-from distattn.launchers.request import TARGETS, ArrayAxis, Element, JobRequest, parse_env
+from distattn.launchers.request import NODES, TARGETS, ArrayAxis, JobRequest, parse_env, parse_resources
 from distattn.launchers.targets import find_target
+from distattn.models.hf_weights import check_weights
 from distattn.training.preflight import (
     Ranks,
     check_heads,
@@ -50,18 +51,25 @@ def submit(
     exclude: Annotated[str, typer.Option(help="nodes that must not be used, with commas")] = "",
     env: Annotated[list[str] | None, typer.Option(help="NAME=VALUE, or NAME to pass a value on unwritten; repeatable")] = None,
     container: Annotated[str, typer.Option(help="image, or .sif file, that ranks run in")] = "",
-    array: Annotated[str, typer.Option(help="KEY=V1,V2,…: one run for each value, as a job array")] = "",
+    array: Annotated[
+        list[str] | None, typer.Option(help="KEY=V1,V2,… or nodes=N1,N2,…: one run for each value; repeatable, in step")
+    ] = None,
     template: Annotated[str, typer.Option(help="batch script template of your own")] = "",
     max_restarts: Annotated[int, typer.Option(help="restarts after failures")] = 3,
     port: Annotated[int, typer.Option(help="where ranks meet; 0: from the job's number")] = 0,
     ray_address: Annotated[str, typer.Option(help="Ray cluster; empty: a local one")] = "",
+    server_resource: Annotated[
+        list[str] | None, typer.Option(help="NAME=AMOUNT of a node of attention servers, on Ray; repeatable")
+    ] = None,
     python: Annotated[str, typer.Option(help="interpreter of the ranks; this one by default, python3 in a container")] = "",
     dry_run: Annotated[bool, typer.Option("--dry-run", help="print exactly what would be submitted")] = False,
 ) -> None:
     """Start or resume a run in the background, on this machine or a cluster; then: distattn jobs, logs, cancel."""
     checked = load_config(config, overrides or [])
     written, forwarded = parse_env(env or [], os.environ)
-    ranks = ranks_per_node or _default_ranks(checked, nodes, gpus_per_node)
+    axes = tuple(ArrayAxis.parse(text) for text in array or ())
+    most_nodes = max([nodes, *(int(value) for axis in axes if axis.key == NODES for value in axis.values)])
+    ranks = ranks_per_node or _default_ranks(checked, most_nodes, gpus_per_node)
     values = tuple(overrides or ())
     if on == "local" and not checked.parallel.data and ranks % checked.parallel.context == 0:
         # `distattn train` starts as many ranks as the config says.
@@ -86,12 +94,12 @@ def submit(
         env=written,
         forward=forwarded,
         container=container,
-        array=ArrayAxis.parse(array) if array else None,
+        array=axes,
         template=template,
         max_restarts=max_restarts,
         port=port,
         ray_address=ray_address,
-        node_counts=node_counts(checked, nodes, ranks),
+        server_resources=parse_resources(server_resource or []),
     )
     send(request, dry_run=dry_run)
 
@@ -99,21 +107,44 @@ def submit(
 def send(request: JobRequest, *, dry_run: bool) -> None:
     """Check and submit, or print what would be submitted."""
     target = find_target(request.on)
-    configs = [(element, load_config(request.config, (*request.overrides, *element.overrides))) for element in request.elements]
-    for _, config in configs:
-        _check_without_data(config, request)
+    runs = [(run, load_config(run.config, run.overrides)) for run in request.runs]
+    for run, config in runs:
+        _check_without_data(config, run)
+    told = {run.run_dir: _tell(config, run) for run, config in runs}
+    jobs = [told.get(job.run_dir, job) for job in request.jobs]
     if dry_run:
-        print(target.preview(request), end="")
+        print("\n".join(target.preview(job) for job in jobs), end="")
         return
     _require_free(request)
-    target.check(request)
-    for element, config in configs:
-        _prepare(config, element, request)
+    for job in jobs:
+        target.check(job)
+    for run, config in runs:
+        _prepare(config, run)
     registry = JobRegistry()
-    for record in target.submit(request):
-        registry.add(record)
-        print(f"{record.id} submitted: {record.run_dir}", flush=True)
+    for job in jobs:
+        for record in target.submit(job):
+            registry.add(record)
+            print(f"{record.id} submitted: {record.run_dir}", flush=True)
     print("`distattn jobs` shows it, `distattn logs` what it prints, `distattn cancel` ends it.")
+
+
+def _tell(config: Config, run: JobRequest) -> JobRequest:
+    """A run's request with what its configuration says of nodes: how few will do, and which are of attention servers."""
+    run = run.replace(node_counts=node_counts(config, run.nodes, run.ranks_per_node))
+    if not run.server_resources:
+        return run
+    servers, context, each = config.parallel.servers, config.parallel.context, run.ranks_per_node
+    if not servers:
+        raise ConfigError(
+            "--server-resource is for attention servers, and parallel.servers=0 has none: set parallel.servers, or leave the "
+            "option out."
+        )
+    if servers % each or context % each:
+        raise ConfigError(
+            f"--server-resource gives attention servers nodes of their own, but parallel.servers={servers} of "
+            f"parallel.context={context} ranks do not fill nodes of {each}: make both multiples of --ranks-per-node."
+        )
+    return run.replace(server_nodes=servers // each, context_nodes=context // each)
 
 
 def _default_ranks(config: Config, nodes: int, gpus_per_node: int) -> int:
@@ -125,6 +156,7 @@ def _check_without_data(config: Config, request: JobRequest) -> None:
     """What the trainer refuses and can be known before the data is read."""
     ranks = _ranks(config, request)
     check_heads(config, ranks)
+    check_weights(config.model)
     if not request.gpus_per_node and ranks.device_type == "cpu":
         check_kernel(config, ranks)  # for GPUs, only a machine that has them can tell
 
@@ -157,10 +189,10 @@ def _require_free(request: JobRequest) -> None:
             )
 
 
-def _prepare(config: Config, element: Element, request: JobRequest) -> None:
+def _prepare(config: Config, request: JobRequest) -> None:
     """The trainer's own checks of data and run directory; tokens are made here, once, before anything expensive is held."""
     ranks = _ranks(config, request)
-    run = RunDir(element.run_dir)
+    run = RunDir(request.run_dir)
     cache = open_cache(config.data, log=_say)
     check_vocabulary(config, cache)
     check_space(config, run)

@@ -11,12 +11,12 @@ import json
 import os
 import shlex
 import signal
-import subprocess
 import sys
 import time
 from pathlib import Path
 
 from distattn.errors import ConfigError
+from distattn.launchers.detached import alive, birth, start_detached
 from distattn.launchers.jobs import JobRegistry, finished_step
 from distattn.launchers.request import JobRecord, JobRequest, JobState
 from distattn.launchers.supervise import kind_of_status, num_restarts
@@ -51,11 +51,13 @@ class LocalTarget:
             ("--template", request.template),
             ("--port", request.port),
             ("--array", request.array),
+            ("--server-resource", request.server_resources),
         ):
             if value:
                 raise ConfigError(f"{option} has no meaning with --on local: leave it out, or submit to a cluster.")
 
     def preview(self, request: JobRequest) -> str:
+        self.check(request)
         setting = [f"{name}={value}" for name, value in request.env.items()]
         words = [*(["env", *setting] if setting else []), *self._command(request)]
         return (
@@ -73,35 +75,25 @@ class LocalTarget:
         env = {name: value for name, value in os.environ.items() if name not in _NOT_OURS} | dict(request.env)
         end_file = registry.work_folder(job) / "end.json"
         with open(log, "ab") as output:
-            process = subprocess.Popen(
-                [sys.executable, "-I", "-S", str(_BACKGROUND), str(end_file), *self._command(request)],
-                cwd=request.working_dir,
-                env=env,
-                stdin=subprocess.DEVNULL,
-                stdout=output,
-                stderr=subprocess.STDOUT,
-                # A session of its own: closing the terminal does not reach it.
-                start_new_session=True,
-            )
+            command = [sys.executable, "-I", "-S", str(_BACKGROUND), str(end_file), *self._command(request)]
+            pid = start_detached(command, cwd=request.working_dir, env=env, output=output)
         record = JobRecord(
             id=job,
             target=self.name,
-            target_id=str(process.pid),
+            target_id=str(pid),
             name=request.name,
             run_dir=request.run_dir,
             nodes=1,
             ranks_per_node=request.ranks_per_node,
             log=str(log),
             submitted_at=time.time(),
-            details={"start_time": _start_time(process.pid) or ""},
+            details={"start_time": birth(pid)},
         )
-        # It is meant to go on when we end; Python would warn of it otherwise.
-        process.returncode = 0
         return [record]
 
     def state(self, record: JobRecord) -> JobState:
         restarts = num_restarts(record.run_dir)
-        if _start_time(int(record.target_id)) == record.details["start_time"]:
+        if alive(int(record.target_id), record.details["start_time"]):
             return JobState("running", "", restarts)
         status = _exit_status(record)
         if status == 0 and finished_step(record.run_dir) is not None:
@@ -148,13 +140,3 @@ def _exit_status(record: JobRecord) -> int | None:
         return int(json.loads((JobRegistry().work_folder(record.id) / "end.json").read_text(encoding="utf-8"))["status"])
     except (OSError, ValueError, KeyError, TypeError):
         return None
-
-
-def _start_time(pid: int) -> str | None:
-    """What tells a process from a later one of the same number; None if it is gone (or a zombie)."""
-    try:
-        # The name, in parentheses, may hold spaces; after it come state (field 3) and, as field 22, the start time.
-        fields = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace").rpartition(")")[2].split()
-    except OSError:
-        return None
-    return None if fields[0] == "Z" else fields[19]

@@ -26,6 +26,7 @@ from typing import Any
 from ray.job_submission import JobStatus, JobSubmissionClient
 
 from distattn.errors import LaunchError
+from distattn.launchers.detached import start_detached
 from distattn.launchers.jobs import write_atomically
 from distattn.launchers.ray_spec import submit_patiently
 
@@ -52,30 +53,22 @@ def cluster_environment(folder: Path, base: Mapping[str, str]) -> dict[str, str]
 
 
 def start_keeper(folder: Path, order: Mapping[str, Any], log: Path, env: Mapping[str, str]) -> int:
-    """Start the keeper of one job in a session of its own; its process id. order: arguments of ``submit_job`` and
-    ``num_cpus``; env: of the user's, for the ranks."""
+    """Start the keeper of one job in a session of its own; its process id. order: arguments of ``submit_job``, ``num_cpus``
+    and ``resources``, amounts of other kinds; env: of the user's, for the ranks."""
     write_atomically(folder / TOKEN_FILE, secrets.token_hex(32))
     path = folder / "order.json"
     write_atomically(path, json.dumps(order))
     log.parent.mkdir(parents=True, exist_ok=True)
+    command = [sys.executable, "-P", "-m", "distattn.launchers.ray_local", str(path)]
     with open(log, "ab") as stream:
-        process = subprocess.Popen(
-            [sys.executable, "-P", "-m", "distattn.launchers.ray_local", str(path)],
-            env=cluster_environment(folder, env),
-            cwd=folder,
-            stdin=subprocess.DEVNULL,
-            stdout=stream,
-            stderr=stream,
-            start_new_session=True,
-        )
-    return process.pid
+        return start_detached(command, cwd=folder, env=cluster_environment(folder, env), output=stream)
 
 
 def main(arguments: Sequence[str]) -> int:
     """Keep a cluster for the job in ORDER_FILE."""
     path = Path(arguments[0])
     order = json.loads(path.read_text(encoding="utf-8"))
-    folder, num_cpus = path.parent, order.pop("num_cpus")
+    folder, has = path.parent, {"num_cpus": order.pop("num_cpus"), "resources": order.pop("resources")}
 
     def stop(number: int, frame: FrameType | None) -> None:
         raise SystemExit(1)
@@ -86,7 +79,7 @@ def main(arguments: Sequence[str]) -> int:
     session = Path(tempfile.mkdtemp(prefix="distattn-ray-", dir="/tmp"))
     cluster = None
     try:
-        cluster, client, address = _start_and_submit(order, session, num_cpus)
+        cluster, client, address = _start_and_submit(order, session, has)
         write_atomically(folder / ADDRESS_FILE, address)
         state, reason = _wait(client, order["submission_id"])
     except SystemExit:
@@ -104,7 +97,7 @@ def main(arguments: Sequence[str]) -> int:
     return 0 if state == "succeeded" else 1
 
 
-def _start_cluster(address: str, session: Path, num_cpus: int) -> subprocess.Popen[bytes]:
+def _start_cluster(address: str, session: Path, has: Mapping[str, Any]) -> subprocess.Popen[bytes]:
     """Ray's head node, which dies with us. Its fixed ports are replaced by free ones: another Ray may run here."""
     port = address.rpartition(":")[2]
     with open(session / "start.log", "ab") as log:  # what Ray says to people who start clusters by hand is not for ours
@@ -112,7 +105,8 @@ def _start_cluster(address: str, session: Path, num_cpus: int) -> subprocess.Pop
             [
                 *(sys.executable, "-I", "-S", str(Path(__file__).with_name("rank_guard.py")), str(os.getpid())),
                 *(sys.executable, "-P", "-m", "ray.scripts.scripts", "start", "--head", "--block", "--disable-usage-stats"),
-                *(f"--node-ip-address={_LOOPBACK}", "--port=0", f"--num-cpus={num_cpus}", f"--temp-dir={session}"),
+                *(f"--node-ip-address={_LOOPBACK}", "--port=0", f"--num-cpus={has['num_cpus']}", f"--temp-dir={session}"),
+                f"--resources={json.dumps(has['resources'])}",
                 *("--include-dashboard=true", f"--dashboard-host={_LOOPBACK}", f"--dashboard-port={port}"),
                 *(f"--dashboard-agent-listen-port={_free_port()}", f"--ray-client-server-port={_free_port()}"),
             ],
@@ -132,12 +126,12 @@ def _end_cluster(cluster: subprocess.Popen[bytes]) -> None:
 
 
 def _start_and_submit(
-    order: dict[str, Any], session: Path, num_cpus: int
+    order: dict[str, Any], session: Path, has: Mapping[str, Any]
 ) -> tuple[subprocess.Popen[bytes], JobSubmissionClient, str]:
     """Ray gives a node 30 seconds to start, which a busy machine may not have: so there are several tries."""
     for tries_left in (3, 2, 1, 0):
         address = f"http://{_LOOPBACK}:{_free_port()}"
-        cluster = _start_cluster(address, session, num_cpus)
+        cluster = _start_cluster(address, session, has)
         try:
             client = _connect(address, cluster)
             submit_patiently(client.submit_job, order)

@@ -3,7 +3,7 @@
     request ──▶ RayJob: an entrypoint (our driver, with its orders as JSON) and a runtime environment (our package)
                   driver ──▶ one bundle of resources a node ──▶ a worker in each, which starts the node's ranks
 
-A node's ranks share a bundle, so no placement can part them.
+A node's ranks share a bundle, so no placement can part them. Nodes of attention servers may have bundles of another kind.
 """
 
 from __future__ import annotations
@@ -11,14 +11,15 @@ from __future__ import annotations
 import json
 import shlex
 import time
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import distattn
 from distattn.errors import ConfigError
-from distattn.launchers.request import Element, JobRequest
+from distattn.launchers.request import JobRequest
 
 PACKAGE = str(Path(distattn.__file__).resolve().parent)
 
@@ -26,7 +27,9 @@ PACKAGE = str(Path(distattn.__file__).resolve().parent)
 @dataclass(frozen=True)
 class Orders:
     """What the driver does. command: of each rank, behind the interpreter that the node's worker runs on; counts: numbers of
-    nodes that an attempt may have, largest first; bundle: resources of each node's ranks; port: 0 takes a free one."""
+    nodes that an attempt may have, largest first; bundle: resources of each node's ranks; server_bundle: of each node of
+    attention servers, empty where these have no bundles of their own; server_nodes, context_nodes: of every context_nodes
+    nodes in a row, the last server_nodes are such nodes; port: 0 takes a free one."""
 
     job: str
     command: tuple[str, ...]
@@ -38,6 +41,17 @@ class Orders:
     env: dict[str, str]
     max_restarts: int
     port: int
+    server_bundle: dict[str, float] = field(default_factory=dict)
+    server_nodes: int = 0
+    context_nodes: int = 0
+
+    def is_server(self, node: int) -> bool:
+        """Whether this node of an attempt is one of attention servers, with a bundle of their kind."""
+        return bool(self.server_bundle) and node % self.context_nodes >= self.context_nodes - self.server_nodes
+
+    def bundles(self, count: int) -> list[dict[str, float]]:
+        """Resources of each node of an attempt of so many."""
+        return [self.server_bundle if self.is_server(node) else self.bundle for node in range(count)]
 
     def dumps(self) -> str:
         return json.dumps(asdict(self), ensure_ascii=True)
@@ -58,12 +72,12 @@ class RayJob:
     metadata: dict[str, str]
 
 
-def orders(request: JobRequest, element: Element, job: str) -> Orders:
-    """What the driver of one run is told."""
+def orders(request: JobRequest, job: str) -> Orders:
+    """What the driver of a run is told."""
     return Orders(
         job=job,
-        command=(*request.command()[1:], *element.overrides),
-        run_dir=element.run_dir,
+        command=request.command()[1:],
+        run_dir=request.run_dir,
         working_dir=request.working_dir,
         counts=request.node_counts or (request.nodes,),
         ranks_per_node=request.ranks_per_node,
@@ -71,6 +85,9 @@ def orders(request: JobRequest, element: Element, job: str) -> Orders:
         env=dict(request.env),
         max_restarts=request.max_restarts,
         port=request.port,
+        server_bundle=dict(request.server_resources),
+        server_nodes=request.server_nodes,
+        context_nodes=request.context_nodes,
     )
 
 
@@ -105,12 +122,26 @@ def bundle(request: JobRequest) -> dict[str, float]:
     return resources
 
 
-def choose_count(counts: tuple[int, ...], free: Sequence[Mapping[str, float]], wanted: Mapping[str, float]) -> int:
-    """The largest of ``counts`` whose bundles fit on nodes with these resources; 0 if none does."""
-    fitting = 0
-    for node in free:
-        fitting += int(min(node.get(name, 0.0) // amount for name, amount in wanted.items() if amount))
-    return next((count for count in counts if count <= fitting), 0)
+def choose_count(told: Orders, free: Sequence[Mapping[str, float]]) -> int:
+    """The largest number of nodes that an attempt may have whose bundles fit on nodes with these resources; 0 if none does."""
+    return next((count for count in told.counts if fits(told.bundles(count), free)), 0)
+
+
+def fits(bundles: Sequence[Mapping[str, float]], free: Sequence[Mapping[str, float]]) -> bool:
+    """Whether the bundles find room, those of the scarcer kind first, each on the node that has least to spare."""
+    left = [dict(node) for node in free]
+
+    def rooms(bundle: Mapping[str, float]) -> list[dict[str, float]]:
+        return [node for node in left if all(node.get(name, 0.0) >= amount for name, amount in bundle.items())]
+
+    for bundle in sorted(bundles, key=lambda bundle: len(rooms(bundle))):
+        room = rooms(bundle)
+        if not room:
+            return False
+        node = min(room, key=lambda node: sum(node.values()))
+        for name, amount in bundle.items():
+            node[name] -= amount
+    return True
 
 
 def cancel_mark(run_dir: str | Path, job: str) -> Path:
@@ -148,11 +179,10 @@ def ports(request: JobRequest) -> str:
 def preview(request: JobRequest) -> str:
     """Exactly what would be submitted, for people; ``JOB`` stands for the number that a job gets."""
     where = f"to {jobs_address(request.ray_address)}" if request.ray_address else "to a cluster on this machine, started for it"
-    bundles = f"# {request.nodes} nodes, each a bundle of {json.dumps(bundle(request))}, spread over the cluster"
-    parts = [ports(request), bundles]
-    for element in request.elements:
-        job = ray_job(request, orders(request, element, "ray-JOB"), "distattn-JOB")
-        shown = {"submission_id": job.submission_id, "entrypoint": job.entrypoint, "metadata": job.metadata}
-        shown["runtime_env"] = job.runtime_env
-        parts.append(f"# job {where}:\n{json.dumps(shown, ensure_ascii=False, indent=1)}")
-    return "\n".join(parts) + "\n"
+    told = orders(request, "ray-JOB")
+    kinds = Counter(map(json.dumps, told.bundles(request.nodes)))
+    bundles = "".join(f"# {number} nodes, each a bundle of {kind}, spread over the cluster\n" for kind, number in kinds.items())
+    job = ray_job(request, told, "distattn-JOB")
+    shown = {"submission_id": job.submission_id, "entrypoint": job.entrypoint, "metadata": job.metadata}
+    shown["runtime_env"] = job.runtime_env
+    return f"{ports(request)}\n{bundles}# job {where}:\n{json.dumps(shown, ensure_ascii=False, indent=1)}\n"

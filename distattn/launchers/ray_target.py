@@ -9,10 +9,12 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import os
 import secrets
 import signal
 import time
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,8 +22,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from distattn.errors import ConfigError, LaunchError
+from distattn.launchers.detached import alive, birth
 from distattn.launchers.jobs import JobRegistry, finished_step
-from distattn.launchers.ray_spec import bundle, cancel_mark, jobs_address, orders, preview, ray_job, submit_patiently
+from distattn.launchers.ray_spec import cancel_mark, jobs_address, orders, preview, ray_job, submit_patiently
 from distattn.launchers.request import JobRecord, JobRequest, JobState
 from distattn.launchers.supervise import num_restarts
 
@@ -75,30 +78,25 @@ class RayTarget:
 
     def submit(self, request: JobRequest) -> list[JobRecord]:
         send = self._submit_to_cluster if request.ray_address else self._submit_here
-        registry, records = JobRegistry(), []
-        for element in request.elements:
-            job = registry.new_id(self.name)
-            cancel_mark(element.run_dir, job).unlink(missing_ok=True)
-            told = orders(request, element, job)
-            log = Path(element.run_dir, "logs", f"{job}.log")
-            # Other people's jobs on the same cluster count from 1 too.
-            arguments = vars(ray_job(request, told, f"distattn-{secrets.token_hex(6)}"))
-            details = send(request, job, arguments, log)
-            records.append(
-                JobRecord(
-                    id=job,
-                    target=self.name,
-                    target_id=arguments["submission_id"],
-                    name=" ".join((request.name, *element.overrides[:1])),
-                    run_dir=element.run_dir,
-                    nodes=request.nodes,
-                    ranks_per_node=request.ranks_per_node,
-                    log=str(log),
-                    submitted_at=time.time(),
-                    details=details,
-                )
-            )
-        return records
+        job = JobRegistry().new_id(self.name)
+        cancel_mark(request.run_dir, job).unlink(missing_ok=True)
+        log = Path(request.run_dir, "logs", f"{job}.log")
+        # Other people's jobs on the same cluster count from 1 too.
+        arguments = vars(ray_job(request, orders(request, job), f"distattn-{secrets.token_hex(6)}"))
+        details = send(request, job, arguments, log)
+        record = JobRecord(
+            id=job,
+            target=self.name,
+            target_id=arguments["submission_id"],
+            name=request.name,
+            run_dir=request.run_dir,
+            nodes=request.nodes,
+            ranks_per_node=request.ranks_per_node,
+            log=str(log),
+            submitted_at=time.time(),
+            details=details,
+        )
+        return [record]
 
     def state(self, record: JobRecord) -> JobState:
         ask = _state_on_cluster if "address" in record.details else _state_here
@@ -142,10 +140,13 @@ class RayTarget:
     def _submit_here(self, request: JobRequest, job: str, arguments: dict[str, Any], log: Path) -> dict[str, str]:
         from distattn.launchers.ray_local import start_keeper
 
-        cpus = int(request.nodes * bundle(request)["CPU"])
-        order = {**arguments, "num_cpus": max(cpus, os.cpu_count() or 1)}
+        wanted = Counter()
+        for kind in orders(request, job).bundles(request.nodes):
+            wanted.update(kind)
+        own = {name: amount for name, amount in wanted.items() if name not in ("CPU", "GPU")}
+        order = {**arguments, "num_cpus": max(math.ceil(wanted["CPU"]), os.cpu_count() or 1), "resources": own}
         pid = start_keeper(JobRegistry().work_folder(job), order, log, dict(os.environ))
-        return {"keeper": str(pid), "born": _birth(pid)}
+        return {"keeper": str(pid), "born": birth(pid)}
 
 
 def connect(address: str) -> JobSubmissionClient:
@@ -197,25 +198,16 @@ def _state_here(record: JobRecord) -> tuple[str, str]:
     with contextlib.suppress(OSError, ValueError, KeyError):
         end = json.loads((folder / "end.json").read_text(encoding="utf-8"))
         return str(end["state"]), _brief(str(end["reason"]))
-    if _birth(int(record.details["keeper"])) != record.details["born"]:
+    if not alive(int(record.details["keeper"]), record.details["born"]):
         return "lost", f"the process that kept its cluster is gone; {record.log} may say why"
     return ("running" if (folder / "address").exists() else "pending"), ""
 
 
 def _end_keeper(record: JobRecord) -> None:
     pid = int(record.details["keeper"])
-    if _birth(pid) == record.details["born"]:
+    if alive(pid, record.details["born"]):
         with contextlib.suppress(ProcessLookupError):
             os.kill(pid, signal.SIGTERM)
-
-
-def _birth(pid: int) -> str:
-    """When a process started, in the kernel's ticks: with the id it names a process for good. Empty for one that is gone."""
-    try:
-        fields = Path(f"/proc/{pid}/stat").read_text(encoding="ascii", errors="replace").rpartition(")")[2].split()
-    except OSError:
-        return ""
-    return "" if fields[0] == "Z" else fields[19]
 
 
 def _check_gpus_here(request: JobRequest) -> None:

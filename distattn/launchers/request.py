@@ -24,6 +24,9 @@ unknown: its target does not answer."""
 
 ACTIVE_STATES = ("pending", "running")
 
+NODES = "nodes"
+"""The one key of an array that is no key of the configuration."""
+
 _VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 _TIME = re.compile(r"(\d+-)?\d+(:\d+){0,2}")
 _WORD = re.compile(r"[A-Za-z0-9_.][A-Za-z0-9_.,\[\]-]*")
@@ -33,7 +36,7 @@ _SECRET = re.compile(r"(^|_)(TOKEN|SECRET|PASSWORD|PASSWD|PASSPHRASE|CREDENTIALS
 
 @dataclass(frozen=True)
 class ArrayAxis:
-    """One run for each value of a config key, each in a folder of its own below run.dir."""
+    """One run for each value of a config key, or of ``nodes``, each in a folder of its own below run.dir."""
 
     key: str
     values: tuple[str, ...]
@@ -51,15 +54,20 @@ class ArrayAxis:
             raise ConfigError(
                 f"--array {text!r} cannot name the folders of its runs: give another key than run.dir, and values without /."
             )
+        if key.strip() == NODES and not all(re.fullmatch("[1-9][0-9]*", value) for value in values):
+            raise ConfigError(f"--array {text!r} is not a list of numbers of nodes: write for instance --array nodes=1,2,4.")
         return cls(key.strip(), values)
 
 
 @dataclass(frozen=True)
 class Element:
-    """One run of a request: its overrides after the request's own, and where it lives (absolute)."""
+    """One run of a request: its overrides after the request's own, where it lives (absolute), on how many nodes, and what
+    tells it from the others (empty where there are none)."""
 
     overrides: tuple[str, ...]
     run_dir: str
+    nodes: int
+    label: str = ""
 
 
 @dataclass(frozen=True)
@@ -70,10 +78,12 @@ class JobRequest:
     time: Slurm's notation (minutes, H:M:S, D-H:M:S), empty for the partition's own limit. stop_seconds: so long before the
     limit the ranks are asked to write a checkpoint. gpus_per_node: 0 for CPUs. env: variables that are written into the job;
     forward: names of variables whose present values travel with it but are written nowhere. exclude: nodes that must not be
-    used. template: path of the user's own batch script template. max_restarts: after failures; endings that Slurm or a user
+    used. array: axes that go in step: the first run has the first value of each. template: path of the user's own batch script
+    template. max_restarts: after failures; endings that Slurm or a user
     asked for do not count. port: where ranks meet; 0 derives one from the job's number. task: ``train``, or ``probe``, the
     cluster check, which leaves its result in run_dir. node_counts: numbers of nodes that a restart may have, largest first;
-    empty: ``nodes`` alone.
+    empty: ``nodes`` alone. server_resources: of each node of attention servers, where these have a kind of node of their own;
+    server_nodes, context_nodes: of every context_nodes nodes in a row, the last server_nodes are such nodes.
     """
 
     config: str
@@ -96,18 +106,23 @@ class JobRequest:
     env: Mapping[str, str] = field(default_factory=dict)
     forward: tuple[str, ...] = ()
     container: str = ""
-    array: ArrayAxis | None = None
+    array: tuple[ArrayAxis, ...] = ()
     template: str = ""
     max_restarts: int = 3
     port: int = 0
     ray_address: str = ""
     node_counts: tuple[int, ...] = ()
+    server_resources: Mapping[str, float] = field(default_factory=dict)
+    server_nodes: int = 0
+    context_nodes: int = 0
 
     def __post_init__(self) -> None:
         self._check_choices()
         self._check_numbers()
+        self._check_array()
         self._check_texts()
         self._check_env()
+        self._check_servers()
 
     @property
     def num_ranks(self) -> int:
@@ -116,13 +131,38 @@ class JobRequest:
     @property
     def elements(self) -> tuple[Element, ...]:
         """The runs of this request: one, or one for each value of its array."""
-        if self.array is None:
-            return (Element((), self.run_dir),)
-        folders = [f"{self.run_dir}/{self.array.key}={value}" for value in self.array.values]
+        if not self.array:
+            return (Element((), self.run_dir, self.nodes),)
+        found = []
+        for values in zip(*(axis.values for axis in self.array), strict=True):
+            settings = {axis.key: value for axis, value in zip(self.array, values, strict=True)}
+            label = ",".join(f"{key}={value}" for key, value in settings.items())
+            nodes = int(settings.pop(NODES, self.nodes))
+            overrides = tuple(f"{key}={value}" for key, value in settings.items())
+            found.append(Element((*overrides, f"run.dir={self.run_dir}/{label}"), f"{self.run_dir}/{label}", nodes, label))
+        return tuple(found)
+
+    @property
+    def runs(self) -> tuple[JobRequest, ...]:
+        """Each run as a request of its own."""
+        if not self.array:
+            return (self,)
         return tuple(
-            Element((f"{self.array.key}={value}", f"run.dir={folder}"), folder)
-            for value, folder in zip(self.array.values, folders, strict=True)
+            self.replace(
+                overrides=(*self.overrides, *element.overrides),
+                run_dir=element.run_dir,
+                nodes=element.nodes,
+                name=f"{self.name} {element.label}",
+                array=(),
+            )
+            for element in self.elements
         )
+
+    @property
+    def jobs(self) -> tuple[JobRequest, ...]:
+        """What a target takes at one time: Ray one run; Slurm an array whole, unless its runs differ in their nodes."""
+        apart = self.on == "ray" or (self.on == "slurm" and any(axis.key == NODES for axis in self.array))
+        return self.runs if apart else (self,)
 
     def command(self) -> tuple[str, ...]:
         """Arguments of a rank's process, without those of an array's element."""
@@ -150,6 +190,19 @@ class JobRequest:
             raise ConfigError(
                 f"--ranks-per-node is {self.ranks_per_node} and --gpus-per-node is {self.gpus_per_node}: a rank needs a GPU "
                 "of its own, so ask for as many GPUs as ranks, or start fewer ranks."
+            )
+
+    def _check_array(self) -> None:
+        keys = [axis.key for axis in self.array]
+        if len(set(keys)) < len(keys) or len({len(axis.values) for axis in self.array}) > 1:
+            counts = ", ".join(f"{axis.key} has {len(axis.values)}" for axis in self.array)
+            raise ConfigError(
+                f"the values of several --array go in step, the first of each together, so each needs another key and as many "
+                f"values: {counts}."
+            )
+        if NODES in keys and self.nodes > 1:
+            raise ConfigError(
+                f"--nodes is {self.nodes}, and --array {NODES}=… gives each run its own number of nodes: leave one of them out."
             )
 
     def _check_texts(self) -> None:
@@ -195,6 +248,30 @@ class JobRequest:
                     f"--env {name}=… is refused: the name says that it is a secret, and the value would be written into the "
                     f"job. Set it in your shell and pass --env {name}: the value then travels with the job, unwritten."
                 )
+
+    def _check_servers(self) -> None:
+        for name, amount in self.server_resources.items():
+            if not _VARIABLE.fullmatch(name) or not amount > 0:
+                raise ConfigError(
+                    f"--server-resource {name}={amount:g} is not a resource: write a name of letters, digits and _, and an "
+                    "amount above 0, for instance attention_server=1."
+                )
+        if self.server_resources and self.gpus_per_node and self.server_resources.get("GPU", 0) < self.ranks_per_node:
+            raise ConfigError(
+                f"--server-resource gives the nodes of attention servers {self.server_resources.get('GPU', 0):g} GPUs for "
+                f"{self.ranks_per_node} ranks, which need one each: add --server-resource GPU={self.ranks_per_node}."
+            )
+
+
+def parse_resources(options: Sequence[str]) -> dict[str, float]:
+    """``NAME=AMOUNT`` options; ConfigError for another form."""
+    resources = {}
+    for option in options:
+        name, _, amount = option.partition("=")
+        if not re.fullmatch(r"\d+(\.\d+)?", amount):
+            raise ConfigError(f"--server-resource {option!r} is not NAME=AMOUNT: write for instance attention_server=1.")
+        resources[name] = float(amount)
+    return resources
 
 
 def is_secret(name: str) -> bool:
@@ -251,7 +328,8 @@ class JobState:
 
 
 class Target(Protocol):
-    """Where jobs run. Methods raise ConfigError for what the user can mend, LaunchError for what failed."""
+    """Where jobs run. Methods take one of a request's ``jobs``; they raise ConfigError for what the user can mend, and
+    LaunchError for what failed."""
 
     name: str
 

@@ -64,10 +64,14 @@ class SlurmTarget:
         reason = self.why_not()
         if reason:
             raise ConfigError(f"--on slurm is not possible: {reason}")
-        _check_resources(request, _partitions())
+        _refuse_what_is_rays(request)
+        partitions = _partitions()
+        for run in request.runs:
+            _check_resources(run, partitions)
         render_script(request, _own_template(request))
 
     def preview(self, request: JobRequest) -> str:
+        _refuse_what_is_rays(request)
         command = " ".join(shlex.quote(word) for word in sbatch_arguments(request))
         return f"{_ports(request)}\n{command} <<'SCRIPT'\n{render_script(request, _own_template(request))}SCRIPT\n"
 
@@ -84,13 +88,13 @@ class SlurmTarget:
         write_atomically(folder / "script.sbatch", script)
         records = []
         for index, element in enumerate(request.elements):
-            job = number if request.array is None else f"{number}_{index}"
+            job = f"{number}_{index}" if request.array else number
             records.append(
                 JobRecord(
                     id=f"slurm-{job}",
                     target=self.name,
                     target_id=job,
-                    name=request.name if request.array is None else f"{request.name} {element.overrides[0]}",
+                    name=" ".join(filter(None, (request.name, element.label))),
                     run_dir=element.run_dir,
                     nodes=request.nodes,
                     ranks_per_node=request.ranks_per_node,
@@ -142,6 +146,11 @@ class SlurmTarget:
             f"{record.id} was asked to stop: its ranks write a checkpoint first. `distattn cancel {record.id} --now` does not "
             "wait for it."
         )
+
+
+def _refuse_what_is_rays(request: JobRequest) -> None:
+    if request.server_resources:
+        raise ConfigError("--server-resource has no meaning with --on slurm: leave it out, or submit to Ray.")
 
 
 def _ports(request: JobRequest) -> str:

@@ -154,7 +154,7 @@ def _environment(request: JobRequest) -> list[str]:
 
 def _run(request: JobRequest) -> list[str]:
     lines = [f"command=({_words(request.command())})", f"run_dir={shlex.quote(request.run_dir)}"]
-    if request.array is not None:
+    if request.array:
         lines += _choose_element(request.elements)
     lines += [
         'export LOGS="$run_dir/logs"',

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import os
 import stat
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -81,3 +83,10 @@ def test_progress(tmp_path: Path) -> None:
         (tmp_path / "checkpoints" / name).mkdir(parents=True)
     (tmp_path / "finished.json").write_text('{"step": 12}')
     assert read_progress(tmp_path) == Progress(2, 3.0, 20.0, 10, 12)
+
+
+def test_looking_at_jobs_imports_no_compiler() -> None:
+    """Each command is a process, and a page of them is waited for: torch's compiler alone takes two seconds to import."""
+    code = "import distattn.cli.jobs, distattn.launchers.slurm, sys; print('torch._dynamo' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout == "False\n"

@@ -40,6 +40,9 @@ def logs(tmp_path: Path) -> Path:
 def nothing_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """No process, no temporary file, no changed signal handler after any test here."""
     monkeypatch.setattr(local.tempfile, "tempdir", str(tmp_path))
+    for number in local._STOP_SIGNALS:  # nohup, and shells that start us in the background, have some of them ignored
+        if signal.getsignal(number) is signal.SIG_IGN:
+            signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
     handlers = [signal.getsignal(number) for number in local._STOP_SIGNALS]
     threads = threading.active_count()
     others = set(psutil.Process().children(recursive=True))  # of earlier tests, such as multiprocessing's resource tracker

@@ -67,14 +67,58 @@ def test_env_options() -> None:
 
 
 def test_an_array_is_a_run_for_each_value() -> None:
-    request = JobRequest(config="a.yaml", run_dir="/r", array=ArrayAxis.parse("data.seq_len=1e3,64"))
+    request = JobRequest(config="a.yaml", run_dir="/r", array=(ArrayAxis.parse("data.seq_len=1e3,64"),))
     assert [(e.overrides, e.run_dir) for e in request.elements] == [
         (("data.seq_len=1e3", "run.dir=/r/data.seq_len=1e3"), "/r/data.seq_len=1e3"),
         (("data.seq_len=64", "run.dir=/r/data.seq_len=64"), "/r/data.seq_len=64"),
     ]
+    assert [run.array for run in request.runs] == [(), ()]
 
 
-@pytest.mark.parametrize("text", ["", "a", "a=", "=1", "a=1,1", "a=1,,2", "a=../x,2", "run.dir=a,b"])
+def test_an_array_of_numbers_of_nodes_with_an_axis_in_step() -> None:
+    axes = (ArrayAxis.parse("nodes=1,4"), ArrayAxis.parse("parallel.context=8,32"))
+    request = JobRequest(config="a.yaml", overrides=("a=b",), name="x", run_dir="/r", ranks_per_node=8, array=axes)
+    small, large = request.runs
+    assert (small.nodes, small.num_ranks, large.nodes, large.num_ranks) == (1, 8, 4, 32)
+    assert (large.run_dir, large.name) == ("/r/nodes=4,parallel.context=32", "x nodes=4,parallel.context=32")
+    assert large.overrides == ("a=b", "parallel.context=32", "run.dir=/r/nodes=4,parallel.context=32")
+    assert large.elements[0].run_dir == large.run_dir
+
+
+@pytest.mark.parametrize(
+    ("on", "array", "jobs"),
+    [
+        ("slurm", ("kernel=a,b",), 1),  # a job array
+        ("slurm", ("kernel=a,b", "nodes=1,2"), 2),  # whose elements cannot differ in their nodes
+        ("ray", ("kernel=a,b",), 2),
+        ("local", ("kernel=a,b",), 1),  # and refused
+        ("slurm", (), 1),
+    ],
+)
+def test_what_is_submitted_at_one_time(on: str, array: tuple[str, ...], jobs: int) -> None:
+    request = JobRequest(config="a.yaml", on=on, run_dir="/r", array=tuple(map(ArrayAxis.parse, array)))
+    assert len(request.jobs) == jobs
+    assert {run.run_dir for run in request.runs} == {run.run_dir for job in request.jobs for run in job.runs}
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (
+            {"array": ("kernel=a,b", "optim.lr=1,2,3")},
+            "each needs another key and as many values: kernel has 2, optim.lr has 3",
+        ),
+        ({"array": ("kernel=a,b", "kernel=c,d")}, "each needs another key"),
+        ({"array": ("nodes=1,2",), "nodes": 2}, "--nodes is 2, and --array nodes=… gives each run its own number of nodes"),
+    ],
+)
+def test_arrays_that_contradict_themselves(changes: dict[str, Any], message: str) -> None:
+    axes = tuple(map(ArrayAxis.parse, changes.pop("array")))
+    with pytest.raises(ConfigError, match=re.escape(message)):
+        JobRequest(config="a.yaml", array=axes, **changes)
+
+
+@pytest.mark.parametrize("text", ["", "a", "a=", "=1", "a=1,1", "a=1,,2", "a=../x,2", "run.dir=a,b", "nodes=0,1", "nodes=2,x"])
 def test_arrays_that_are_none(text: str) -> None:
     with pytest.raises(ConfigError, match="--array"):
         ArrayAxis.parse(text)

@@ -37,6 +37,10 @@ CASES = {
         *("--on", "slurm", "--nodes", "2", "--ranks-per-node", "1"),
         *("--array", "parallel.strategy=ring,all_gather", "train.steps=5"),
     ],
+    "slurm-array-nodes": [
+        *("--on", "slurm", "--ranks-per-node", "2", "--array", "nodes=1,2", "--array", "parallel.context=2,4"),
+        "parallel.data=0",
+    ],
     "slurm-container": [
         *("--on", "slurm", "--nodes", "2", "--ranks-per-node", "1", "--gpus-per-node", "1"),
         *("--container", "nvcr.io/nvidia/pytorch:26.01-py3"),
@@ -85,7 +89,7 @@ def test_templates_are_bash() -> None:
     for name, template in templates.items():
         for request in (
             JobRequest("a.yaml", on="slurm", run_dir="/r", working_dir="/w", gpus_per_node=1),
-            JobRequest("a.yaml", on="slurm", run_dir="/r", working_dir="/w", array=ArrayAxis("kernel", ("a", "b"))),
+            JobRequest("a.yaml", on="slurm", run_dir="/r", working_dir="/w", array=(ArrayAxis("kernel", ("a", "b")),)),
             JobRequest("", on="slurm", run_dir="/r", working_dir="/w", task="probe", container="x.sif"),
         ):
             script = render_script(request, template)
@@ -139,8 +143,8 @@ SCONTROL = """#!/bin/bash
 """
 
 
-@pytest.mark.parametrize("array", [None, ArrayAxis("data.text_key", ("1e3", HOSTILE.replace("/", "")))])
-def test_values_arrive_and_execute_nothing(tmp_path: Path, array: ArrayAxis | None) -> None:
+@pytest.mark.parametrize("array", [(), (ArrayAxis("data.text_key", ("1e3", HOSTILE.replace("/", ""))),)], ids=["job", "array"])
+def test_values_arrive_and_execute_nothing(tmp_path: Path, array: tuple[ArrayAxis, ...]) -> None:
     """Every value of the user's, through the script and bash, to the arguments and the environment of a rank."""
     tools, work, records = tmp_path / "tools", tmp_path / f"w {HOSTILE.replace('/', '')}", tmp_path / "records"
     for folder in (tools, work, records):

@@ -21,12 +21,14 @@ from distattn.launchers.ray_target import connect
 from distattn.launchers.supervise import Journal
 from distattn.training.run_dir import RunDir
 from tests.faults.faulty_run import INJECT, wait_until, write_config
+from tests.launchers import quickstart
 
 DOCS = Path(__file__).resolve().parents[2] / "docs" / "ray.md"
 STEPS, INTERVAL = 30, 4
 SECRET = "s3cret-" + secrets.token_hex(8)
 COLOUR = "a b'c\"d;$(touch created)`touch created`\n\\ü 1e3 $HOME"
 TIMEOUT_S = 280.0
+LAST_WORD = re.compile(r"^\S+ \S+ (finished: all|stopped: it goes on|not restarted:)", re.MULTILINE)
 INJECTED_PATH = os.pathsep.join([str(INJECT), os.environ.get("PYTHONPATH", "")])
 
 
@@ -62,9 +64,13 @@ class Shell:
         return json.loads(self.run("jobs", name, "--json"))[0]
 
     def wait_for_end(self, name: str) -> dict:
+        """``distattn jobs`` is asked when the driver has had its last word, and seldom before: it competes with the job."""
         deadline = time.monotonic() + TIMEOUT_S
         while (job := self.job(name))["state"] in ("pending", "running"):
             assert time.monotonic() < deadline, self.evidence(job)
+            log, ask = Path(job["log"]), time.monotonic() + 20.0
+            while time.monotonic() < ask and not (log.exists() and LAST_WORD.search(log.read_text(errors="replace"))):
+                time.sleep(0.2)
             time.sleep(1.0)
         return job
 
@@ -120,7 +126,7 @@ class RayCluster:
         assert self.process.stdin
         self.process.stdin.write(f"remove {raylet.pid}\n")
         self.process.stdin.flush()
-        assert self.answer()["nodes"] == 1
+        assert self.answer()["nodes"] == 2, "one, and that of attention servers"
 
     def close(self) -> None:
         assert self.process.stdin
@@ -233,6 +239,43 @@ def test_no_secret_is_written(survivor: tuple[dict, dict], shell: Shell, cluster
                 assert not any(word in content for word in wanted), f"a secret is in {path}"
 
 
+@pytest.mark.timeout(900)
+def test_attention_servers_on_a_node_of_their_own(shell: Shell, cluster: RayCluster) -> None:
+    """The last rank only serves, in a bundle that none but the third node has; and is killed once."""
+    keys = ["parallel.strategy=disaggregated", "parallel.servers=1", "train.steps=16"]
+    run_dir = shell.folder / "runs/servers"
+    name = shell.submit(
+        "--ray-address", cluster.dashboard, "--server-resource", "attention_server=1", f"run.dir={run_dir}", *keys
+    )
+    wait_for_step(shell, name, run_dir, 6)
+    running = ranks(run_dir)
+    assert ["attention_server" in " ".join(raylet_of(running[rank]).cmdline()) for rank in (0, 1)] == [False, True]
+    running[1].parent().kill()  # pyright: ignore[reportOptionalMemberAccess]: the actor that started the rank
+    job = shell.wait_for_end(name)
+    assert (job["state"], job["restarts"]) == ("finished", 1), shell.evidence(job)
+    failure = Journal(run_dir).attempts()[0].failure
+    assert failure is not None
+    assert failure.kind == "lost"
+    assert failure.message.startswith("a node of attention servers is gone")
+    shell.run("train", "tiny.yaml", "run.dir=runs/local-servers", *keys)
+    assert losses(run_dir) == losses(shell.folder / "runs/local-servers")
+
+
+@pytest.mark.timeout(900)
+def test_the_quickstart_gives_the_same_curve_as_on_this_machine(shell: Shell, cluster: RayCluster) -> None:
+    folder = shell.folder / "quickstart"
+    said = shell.run(
+        "submit", *quickstart.arguments(folder, "ray"), "--on", "ray", "--nodes", "2", "--ranks-per-node", "1",
+        "--ray-address", cluster.dashboard,
+    )  # fmt: skip
+    found = re.search(r"^(ray-\d+) submitted", said, re.MULTILINE)
+    assert found, said
+    shell.run("train", *quickstart.arguments(folder, "local"))
+    job = shell.wait_for_end(found[1])
+    assert job["state"] == "finished", shell.evidence(job)
+    assert quickstart.curve(folder, "ray") == quickstart.curve(folder, "local")
+
+
 def test_a_wrong_token_is_a_sentence(shell: Shell, cluster: RayCluster) -> None:
     wrong = shell.folder / "wrong"
     wrong.write_text("0" * 64)
@@ -289,6 +332,8 @@ def test_every_command_of_the_page(shell: Shell, cluster: RayCluster, tmp_path: 
     assert user.wait_for_end("ray-2")["state"] == "finished"
     assert user.wait_for_end("ray-3")["state"] == "finished"
     assert losses(tmp_path / "runs/quickstart") == local_losses
+    # Two clusters were there: what Ray itself starts must have looked for its own, and not waited for another.
+    assert "Timed out while waiting for GCS" not in (tmp_path / "runs/quickstart/logs/ray-2.log").read_text()
     assert losses(tmp_path / "runs/cluster") == local_losses
     assert f"resuming after step {stopped_after}" in (tmp_path / "runs/quickstart/logs/rank-0.log").read_text()
     last_table = next(text for command, text in reversed(said.items()) if command.endswith("distattn jobs"))

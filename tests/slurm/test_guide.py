@@ -118,7 +118,7 @@ def losses(run_dir: Path) -> list[tuple[int, float]]:
 
 
 @pytest.mark.timeout(1800)
-def test_the_guide_from_nothing_to_a_resumed_job(workplace: Path) -> None:
+def test_the_guide_from_nothing_to_a_resumed_job(slurm: None, workplace: Path) -> None:
     env = {
         **os.environ,
         "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",

@@ -5,10 +5,12 @@ Ranks here are mostly a script that writes down what it was given; training over
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
 import shlex
+import socket
 import subprocess
 import sys
 import time
@@ -16,6 +18,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 
 from distattn.cli.main import main
@@ -23,10 +26,12 @@ from distattn.errors import ConfigError
 from distattn.launchers.jobs import JobRegistry
 from distattn.launchers.request import ArrayAxis, JobRecord, JobRequest, JobState
 from distattn.launchers.slurm import SlurmTarget
+from tests.launchers import quickstart
 
 ROOT = Path(__file__).resolve().parents[2]
 HOSTILE = "a b'\"\\;$(touch pwned)`touch pwned`\n#SBATCH --nodes=9\n&& touch pwned #é☃%j*~$HOME"
 PATIENCE_S = 120.0
+PORT = "17917"
 
 # In the place of Python: the verdict is the real one; a rank writes down its arguments and environment, and does as told.
 RANK = """#!/bin/bash
@@ -39,10 +44,10 @@ FINISH = 'if [ "$RANK" = 0 ]; then echo "{\\"step\\": 1}" >"$LOGS/../finished.js
 
 
 @pytest.fixture(scope="module")
-def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
+def cluster(slurm: None, tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
     """The environment of a shell that has evaluated what ``slurm/devcluster up`` prints."""
     folder = tmp_path_factory.mktemp("slurm")
-    env = {**os.environ, "DEVCLUSTER_DIR": str(folder / "c"), "DEVCLUSTER_PORT": "17917"}
+    env = {**os.environ, "DEVCLUSTER_DIR": str(folder / "c"), "DEVCLUSTER_PORT": PORT}
     up = subprocess.run(
         [ROOT / "slurm" / "devcluster", "up"], env=env, capture_output=True, text=True, timeout=180, check=False
     )
@@ -125,14 +130,77 @@ def test_values_arrive_and_execute_nothing(
         assert holders == []
 
 
+@pytest.mark.timeout(900)
+def test_the_quickstart_gives_the_same_curve_as_on_this_machine(
+    target: SlurmTarget, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with socket.socket() as probe:  # jobs of another cluster of this machine have the same numbers, and so the same port
+        probe.bind(("127.0.0.1", 0))
+        port = str(probe.getsockname()[1])
+    # Of the local run: as many threads as a rank on Slurm has.
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    for words in (
+        ["submit", *quickstart.arguments(tmp_path, "slurm"), "--on", "slurm", "--nodes", "2", "--ranks-per-node", "1",
+         "--env", "OMP_NUM_THREADS=1", "--port", port],
+        ["train", *quickstart.arguments(tmp_path, "local")],
+    ):  # fmt: skip
+        done = subprocess.run(
+            [sys.executable, "-m", "distattn.cli.main", *words], capture_output=True, text=True, timeout=280, check=False
+        )
+        assert done.returncode == 0, done.stdout + done.stderr
+    assert wait(target, JobRegistry().find("quickstart")).state == "finished"
+    assert quickstart.curve(tmp_path, "slurm") == quickstart.curve(tmp_path, "local")
+
+
 def test_an_array_is_a_run_for_each_value(target: SlurmTarget, tmp_path: Path) -> None:
-    asked = request(tmp_path, array=ArrayAxis("kernel", ("1e3", "x y")))
+    asked = request(tmp_path, array=(ArrayAxis("kernel", ("1e3", "x y")),))
     records = target.submit(asked)
     assert [record.run_dir for record in records] == [f"{tmp_path}/run/kernel=1e3", f"{tmp_path}/run/kernel=x y"]
     for record, element in zip(records, asked.elements, strict=True):
         assert wait(target, record).state == "finished"
         given = Path(record.run_dir, "logs", "argv-1").read_text().split("\0")[:-1]
         assert given[-2:] == list(element.overrides)
+
+
+def test_an_array_of_numbers_of_nodes(target: SlurmTarget, tmp_path: Path) -> None:
+    axes = (ArrayAxis("nodes", ("1", "2")), ArrayAxis("parallel.context", ("2", "4")))
+    asked = request(tmp_path, nodes=1, ranks_per_node=2, array=axes)
+    records = [record for job in asked.jobs for record in target.submit(job)]
+    assert [(record.nodes, Path(record.run_dir).name) for record in records] == [
+        (1, "nodes=1,parallel.context=2"), (2, "nodes=2,parallel.context=4"),
+    ]  # fmt: skip
+    for record, ranks in zip(records, ("2", "4"), strict=True):
+        assert wait(target, record).state == "finished"
+        env = dict(entry.split("=", 1) for entry in Path(record.run_dir, "logs", "env-1").read_text().split("\0")[:-1])
+        assert (env["WORLD_SIZE"], env["LOCAL_WORLD_SIZE"]) == (ranks, "2")
+        given = Path(record.run_dir, "logs", "argv-1").read_text().split("\0")[:-1]
+        assert given[-2:] == [f"parallel.context={ranks}", f"run.dir={record.run_dir}"]
+
+
+def test_a_killed_node_takes_everything_on_it_along(target: SlurmTarget, cluster: dict[str, str], tmp_path: Path) -> None:
+    """As a power cut would: slurmd, its steps, their ranks; and nothing of the other node."""
+    devcluster = {**os.environ, "DEVCLUSTER_DIR": cluster["folder"], "DEVCLUSTER_PORT": PORT}
+
+    def on_node(node: str) -> list[str]:
+        """Of the processes that are ranks there, or have its log open, as slurmd and slurmstepd have."""
+        found = []
+        for process in psutil.process_iter():
+            with contextlib.suppress(psutil.Error, OSError):
+                environment = process.environ()
+                rank = (environment.get("SLURMD_NODENAME"), environment.get("SLURM_CONF")) == (node, cluster["SLURM_CONF"])
+                if rank or f"{cluster['folder']}/{node}.log" in [file.path for file in process.open_files()]:
+                    found.append(process.name())
+        return found
+
+    (record,) = target.submit(request(tmp_path, action='touch "$LOGS/up-$RANK"; sleep 600'))
+    wait(target, record, lambda state: all(Path(record.run_dir, "logs", f"up-{rank}").exists() for rank in "01"))
+    assert {"slurmd", "slurmstepd", "sleep"} <= set(on_node("n2"))
+    subprocess.run([ROOT / "slurm" / "devcluster", "kill", "n2"], env=devcluster, timeout=120, check=True)
+    assert on_node("n2") == []
+    assert "slurmd" in on_node("n1")
+    subprocess.run([ROOT / "slurm" / "devcluster", "up"], env=devcluster, timeout=180, check=True, capture_output=True)
+    target.cancel(record, now=True)
+    assert wait(target, record).state == "cancelled"
 
 
 def test_failures_are_restarted_and_then_given_up(target: SlurmTarget, tmp_path: Path) -> None:
