@@ -13,8 +13,8 @@ from __future__ import annotations
 
 import math
 import weakref
-from collections.abc import Callable, Sequence
-from typing import Any, cast
+from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -171,8 +171,12 @@ def _prepare_eagerly(
     return plan, decay, initial
 
 
-# Plans are host work: nothing to trace.
-_prepare = cast(Callable[..., tuple[LinearPlan, Tensor | None, Tensor | None]], torch.compiler.disable(_prepare_eagerly))
+def _prepare(*args: Any, **options: Any) -> tuple[LinearPlan, Tensor | None, Tensor | None]:
+    """Plans are host work: nothing to trace. Disabled only where something compiles, since that imports the compiler."""
+    if torch.compiler.is_compiling():
+        apart: Any = torch.compiler.disable(_prepare_eagerly)
+        return apart(*args, **options)
+    return _prepare_eagerly(*args, **options)
 
 
 def _number(group: dist.ProcessGroup) -> int:

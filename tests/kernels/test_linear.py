@@ -12,42 +12,16 @@ from distattn.kernels.linear import (
     LINEAR_BACKENDS,
     LinearCase,
     Operands,
-    Pieces,
     choose_linear_backend,
     linear_backend_report,
     recurrent,
     step,
 )
 from distattn.kernels.linear.chunked import TorchLinear
-from tests.kernels.linear_cases import CASES, make_operands, oracle, random_states
+from tests.kernels.linear_cases import CASES, make_operands, oracle, random_states, run_pieces, run_whole, worst
 
 TOLERANCE = 1e-11
 every_case = pytest.mark.parametrize(("kind", "gate"), [pytest.param(*case, id=" ".join(case)) for case in CASES])
-
-
-def worst(found: dict[str, Tensor | None], wanted: dict[str, Tensor]) -> dict[str, float]:
-    """Largest error of each result, relative to its largest entry."""
-    errors = {}
-    for name, want in wanted.items():
-        got = found[name]
-        assert got is not None, f"{name} is missing"
-        assert got.shape == want.shape, f"{name} is {tuple(got.shape)}, not {tuple(want.shape)}"
-        errors[name] = float((got.double() - want).abs().max() / max(float(want.abs().max()), 1.0)) if want.numel() else 0.0
-    return errors
-
-
-def run_whole(x: Operands, lengths: list[int], initial: Tensor, do: Tensor, dfinal: Tensor) -> dict[str, Tensor | None]:
-    """Documents that lie whole on one rank."""
-    pieces = Pieces.whole(lengths, enter=True, final=True)
-    backend, nothing = TorchLinear(), initial[:, :0]
-    forward = backend.forward_begin(x, pieces, initial)
-    forward.intra()
-    o, final = forward.finish(nothing)
-    backward = backend.backward_begin(x, pieces, initial, nothing, do, dfinal)
-    backward.intra()
-    grads = backward.finish(nothing)
-    names = ("dq", "dk", "dv", "dg", "dbeta", "dinitial")
-    return {"o": o, "final": final, **dict(zip(names, grads, strict=True))}
 
 
 @every_case
@@ -57,7 +31,7 @@ def test_whole_documents(kind: str, gate: str, strength: float) -> None:
     x = make_operands(kind, gate, 2, sum(lengths), heads=2, value_heads=4, strength=strength)
     initial, dfinal = random_states(2, len(lengths), x, 1), random_states(2, len(lengths), x, 2)
     do = torch.randn(x.v.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(3))
-    found = run_whole(x, lengths, initial, do, dfinal)
+    found = run_whole(TorchLinear(), x, lengths, initial, do, dfinal)
     errors = worst(found, oracle(x, lengths, initial, do, dfinal))
     assert max(errors.values()) < TOLERANCE, errors
 
@@ -65,61 +39,9 @@ def test_whole_documents(kind: str, gate: str, strength: float) -> None:
 @every_case
 def test_pieces(kind: str, gate: str) -> None:
     """One document cut into three, the states handed over by hand through the affine maps: as if it were whole."""
-    lengths = [70, 5, 64]
-    x = make_operands(kind, gate, 2, sum(lengths), strength=0.05)
-    initial, dfinal = random_states(2, 1, x, 1), random_states(2, 1, x, 2)
-    do = torch.randn(x.v.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(3))
-    wanted = oracle(x, [sum(lengths)], initial, do, dfinal)
-    none, only = torch.zeros(0, dtype=torch.int64).numpy(), torch.zeros(1, dtype=torch.int64).numpy()
-    backend, empty = TorchLinear(), initial[:, :0]
-    local = cut(x, lengths)
-    pieces = [
-        Pieces(only + lengths[0], only, none, only, none),
-        Pieces(only + lengths[1], none, only, only, none),
-        Pieces(only + lengths[2], none, only, none, only),
-    ]
-    entering = [initial, empty, empty]
-    passes = [backend.forward_begin(*args) for args in zip(local, pieces, entering, strict=True)]
-    through = follow(passes[1].transition, passes[0].emitted) + passes[1].emitted
-    late = [empty, passes[0].emitted, through]
-    for part in passes:
-        part.intra()
-    results = [part.finish(state) for part, state in zip(passes, late, strict=True)]
-    back = [
-        backend.backward_begin(local[i], pieces[i], entering[i], late[i], do_part, dfinal if i == 2 else empty)
-        for i, do_part in enumerate(do.split(lengths, 1))
-    ]
-    through = follow(passes[1].transition, back[2].emitted, adjoint=True) + back[1].emitted
-    for part in back:
-        part.intra()
-    grads = [part.finish(state) for part, state in zip(back, [through, back[2].emitted, empty], strict=True)]
-    found: dict[str, Tensor | None] = {
-        "o": torch.cat([o for o, _ in results], 1),
-        "final": results[2][1],
-        "dinitial": grads[0].dentering,
-    }
-    for name in ("dq", "dk", "dv", "dg", "dbeta"):
-        parts = [getattr(grad, name) for grad in grads]
-        if parts[0] is not None:
-            found[name] = torch.stack(parts).sum(0) if parts[0].ndim == 1 else torch.cat(parts, 1)
-    errors = worst(found, wanted)
+    x = make_operands(kind, gate, 2, 139, strength=0.05)
+    errors = worst(*run_pieces(TorchLinear(), x, [70, 5, 64]))
     assert max(errors.values()) < TOLERANCE, errors
-
-
-def cut(x: Operands, lengths: list[int]) -> list[Operands]:
-    """Each piece's rows of the operands; a constant gate is everybody's."""
-    parts = [[t] * len(lengths) if t is None or t.ndim == 1 else t.split(lengths, 1) for t in x[:5]]
-    return [Operands(q, k, v, g, beta, x.scale) for q, k, v, g, beta in zip(*parts, strict=True)]  # pyright: ignore
-
-
-def follow(transition: Tensor | None, state: Tensor, *, adjoint: bool = False) -> Tensor:
-    """The map of one piece without its offset, as the protocol defines ``transition``."""
-    if transition is None:
-        return state
-    if transition.ndim == 5:
-        return (transition.transpose(-1, -2) if adjoint else transition) @ state
-    factor = transition.exp()
-    return factor[..., None, None] * state if transition.ndim == 3 else factor[..., None] * state
 
 
 @pytest.mark.parametrize(("key_dim", "value_dim"), [(60, 64), (128, 16)])
@@ -132,7 +54,7 @@ def test_fp32_under_strong_and_weak_gates(kind: str, key_dim: int, value_dim: in
         x = make_operands(kind, gate, 1, 131, key_dim=key_dim, value_dim=value_dim, strength=strength, dtype=torch.float32)
         initial, dfinal = random_states(1, 2, x, 1).float(), random_states(1, 2, x, 2).float()
         do = torch.randn(x.v.shape, generator=torch.Generator().manual_seed(3))
-        errors = worst(run_whole(x, lengths, initial, do, dfinal), oracle(x, lengths, initial, do, dfinal))
+        errors = worst(run_whole(TorchLinear(), x, lengths, initial, do, dfinal), oracle(x, lengths, initial, do, dfinal))
         assert max(errors.values()) < 2e-5, (strength, errors)
 
 
@@ -155,6 +77,7 @@ def test_choice_and_refusal() -> None:
     backend, why = choose_linear_backend(case)
     assert backend.name == "torch"
     assert "that can" in why
+    assert "computes bf16, fp16 and fp32" in str(linear_backend_report(case)["triton"])
     assert set(linear_backend_report(case)) == set(LINEAR_BACKENDS)
     with pytest.raises(UnsupportedError, match="kernel='nothing' is unknown; it may be auto, "):
         choose_linear_backend(case, "nothing")

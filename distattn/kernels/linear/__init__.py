@@ -16,6 +16,7 @@ from distattn.kernels.linear.protocol import (
 )
 from distattn.kernels.linear.reference import recurrent
 from distattn.kernels.linear.step import step
+from distattn.kernels.linear.triton_backend import TritonLinear
 
 __all__ = [
     "KINDS",
@@ -33,8 +34,8 @@ __all__ = [
     "step",
 ]
 
-LINEAR_BACKENDS: dict[str, LinearBackend] = {backend.name: backend for backend in (TorchLinear(),)}
-"""By name, the preferred first."""
+LINEAR_BACKENDS: dict[str, LinearBackend] = {backend.name: backend for backend in (TritonLinear(), TorchLinear())}
+"""By name, on a GPU the preferred first."""
 
 
 def linear_backend_report(case: LinearCase) -> dict[str, str | None]:
@@ -52,8 +53,10 @@ def choose_linear_backend(case: LinearCase, kernel: str = "auto") -> tuple[Linea
             raise UnsupportedError(f"kernel={kernel} cannot compute this: {reason}; use kernel='auto' or another one")
         return LINEAR_BACKENDS[kernel], "given by the caller"
     reasons = linear_backend_report(case)
-    for name, backend in LINEAR_BACKENDS.items():
+    # On a CPU Triton is its interpreter, which nobody wants unless he asks for it.
+    order = list(LINEAR_BACKENDS) if case.device_type != "cpu" else ["torch", *(x for x in LINEAR_BACKENDS if x != "torch")]
+    for name in order:
         if reasons[name] is None:
             passed = "; ".join(f"{other}: {why}" for other, why in reasons.items() if why)
-            return backend, f"first of {', '.join(LINEAR_BACKENDS)} that can" + (f" ({passed})" if passed else "")
+            return LINEAR_BACKENDS[name], f"first of {', '.join(order)} that can" + (f" ({passed})" if passed else "")
     raise UnsupportedError("no kernel computes this: " + "; ".join(f"{name}: {why}" for name, why in reasons.items()))

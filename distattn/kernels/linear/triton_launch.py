@@ -1,0 +1,274 @@
+"""Launches of the linear Triton kernels for one call: sizes, tables, scratch memory, constants.
+
+A method is one kernel; ``triton_backend.py`` says in which order they run.
+"""
+
+from __future__ import annotations
+
+import math
+from functools import cached_property
+from typing import Any, NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from distattn.kernels.linear import triton_chunks, triton_gradient, triton_output, triton_states
+from distattn.kernels.linear.protocol import CONSTANT, NONE, SCALAR, VECTOR, Operands, Pieces
+from distattn.kernels.linear.triton_configs import Launch, LinearConfigs, linear_configs, padded
+
+# Triton types kernels as plain functions, whose launches are no subscripts.
+_chunks: Any = triton_chunks
+_states: Any = triton_states
+_output: Any = triton_output
+_gradient: Any = triton_gradient
+
+CHUNK = 64
+_GATES = {NONE: 0, CONSTANT: 1, SCALAR: 2, VECTOR: 3}
+
+
+class Scores(NamedTuple):
+    """P, Γ [B, T, HV, CHUNK] in fp32; Qr, Kt [B, T, HV, K]; last [B, M, HV, K]: G of each chunk's last row.
+
+    Of other gates than a vector: q and k for Qr and Kt, and for last what kernels read of the gate.
+    """
+
+    P: Tensor
+    overlap: Tensor
+    Qr: Tensor
+    Kt: Tensor
+    last: Tensor
+
+
+class Call:
+    """One call's operands, made contiguous, and what launches share. Scratch memory is in the compute dtype: bf16 for bf16
+    inputs, else fp32, whose products run in tf32 for fp16 inputs and in three times tf32 for fp32 ones."""
+
+    def __init__(self, x: Operands, pieces: Pieces, configs: LinearConfigs | None) -> None:
+        self.q, self.k, self.v = (t.contiguous() for t in (x.q, x.k, x.v))
+        self.x, self.pieces, self.scale = x, pieces, float(x.scale)
+        self.batch, self.num_rows, self.heads, self.key_dim = x.q.shape
+        self.value_heads, self.value_dim = x.v.shape[2:]
+        self.device = x.v.device
+        self.tables = pieces.tables(self.device, CHUNK)
+        self.num_chunks, self.num_pieces = len(self.tables.chunks), len(pieces.lengths)
+        self.delta = x.beta is not None
+        self.beta = self.q if x.beta is None else x.beta.contiguous()
+        self.compute = torch.bfloat16 if self.q.dtype == torch.bfloat16 else torch.float32
+        self.configs = configs or linear_configs(self.q.dtype, x.gate, self.delta, self.key_dim, self.value_dim)
+        self.g = self._gate()
+
+    # Shapes and constants.
+
+    def scratch(self, *tail: int, dtype: torch.dtype | None = None) -> Tensor:
+        """[B, T, HV, …]"""
+        return self.q.new_empty((self.batch, self.num_rows, self.value_heads, *tail), dtype=dtype or self.compute)
+
+    def chunk_states(self) -> Tensor:
+        """[B, M, HV, K, V]: one state a chunk."""
+        shape = (self.batch, self.num_chunks, self.value_heads, self.key_dim, self.value_dim)
+        return self.q.new_empty(shape, dtype=self.compute)
+
+    def states(self, number: int, width: int | None = None) -> Tensor:
+        """[B, number, HV, K, V] in fp32."""
+        shape = (self.batch, number, self.value_heads, self.key_dim, width or self.value_dim)
+        return self.q.new_empty(shape, dtype=torch.float32)
+
+    def sums(self, number: int) -> Tensor:
+        """[B, number, HV(, K)]: sums of the gate, zeros where there is none."""
+        tail = (self.key_dim,) if self.x.gate == VECTOR else ()
+        return self.q.new_empty((self.batch, number, self.value_heads, *tail), dtype=torch.float32)
+
+    @cached_property
+    def shape(self) -> dict[str, int]:
+        return {"H": self.heads, "HV": self.value_heads, "K": self.key_dim, "V": self.value_dim}
+
+    @property
+    def gate(self) -> int:
+        return _GATES[self.x.gate]
+
+    @property
+    def precision(self) -> str:
+        return "tf32x3" if self.q.dtype == torch.float32 else "tf32"
+
+    @cached_property
+    def _common(self) -> dict[str, Any]:
+        compute = tl.bfloat16 if self.compute == torch.bfloat16 else tl.float32
+        return {"GATE": self.gate, "COMPUTE": compute, "PRECISION": self.precision}
+
+    @staticmethod
+    def _options(config: Launch) -> dict[str, int]:
+        return {"num_warps": config.num_warps, "num_stages": config.num_stages}
+
+    @property
+    def _programs(self) -> int:
+        """One a chunk and head."""
+        return self.batch * self.num_chunks * self.value_heads
+
+    def _blocks(self, config: Launch) -> dict[str, int]:
+        return {
+            "BLOCK_K": min(config.block_k, padded(self.key_dim)),
+            "BLOCK_V": min(config.block_v, padded(self.value_dim)),
+        }
+
+    # Before any state.
+
+    def _gate(self) -> Tensor:
+        """What kernels read of the gate: rates [HV], running sums [B, HV, T] or [B, T, HV, K], in powers of two."""
+        g = self.x.g
+        if g is None:
+            return self.q
+        if self.x.gate == CONSTANT:
+            return g.float() * math.log2(math.e)
+        block = min(self.configs.gate_sums.block_k, padded(self.key_dim))
+        vector = self.x.gate == VECTOR
+        shape = (self.batch, self.value_heads, self.num_rows)
+        sums = self.scratch(self.key_dim, dtype=torch.float32) if vector else self.q.new_empty(shape, dtype=torch.float32)
+        _chunks.gate_sums_kernel[self._programs, triton.cdiv(self.key_dim, block) if vector else 1](
+            g.contiguous(), sums, self.tables.cu_seqlens, self.tables.chunks, self.num_rows, self.num_chunks,
+            HV=self.value_heads, K=self.key_dim, BLOCK_K=block, GATE=self.gate, **self._options(self.configs.gate_sums),
+        )  # fmt: skip
+        return sums
+
+    def scores(self) -> Scores:
+        """Of a vector gate; stand-ins for other gates, whose kernels make their own."""
+        if self.x.gate != VECTOR:
+            return Scores(self.q, self.q, self.q, self.k, self.g)
+        P = self.scratch(CHUNK, dtype=torch.float32)
+        overlap = self.scratch(CHUNK, dtype=torch.float32) if self.delta else self.q
+        made = Scores(P, overlap, self.scratch(self.key_dim), self.scratch(self.key_dim), self.sums(self.num_chunks))
+        for mild in (True, False):
+            _chunks.vector_scores_kernel[(self._programs,)](
+                self.q, self.k, self.g, *made, self.tables.cu_seqlens, self.tables.chunks, self.scale, self.num_rows,
+                self.num_chunks, H=self.heads, HV=self.value_heads, K=self.key_dim, BLOCK_K=padded(self.key_dim),
+                DELTA=self.delta, MILD=mild, PRECISION=self.precision, **self._options(self.configs.scores),
+            )  # fmt: skip
+        return made
+
+    def solve(self, overlap: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """(T [B, T, HV, CHUNK], U [B, T, HV, V], W [B, T, HV, K]) of the delta family."""
+        T, U, W = self.scratch(CHUNK), self.scratch(self.value_dim), self.scratch(self.key_dim)
+        _chunks.solve_kernel[(self._programs,)](
+            self.k, self.v, self.g, self.beta, overlap, T, U, W, self.tables.cu_seqlens, self.tables.chunks, self.num_rows,
+            self.num_chunks, **self.shape, **self._blocks(self.configs.solve), **self._common,
+            SOLVE_PRECISION=self.precision, **self._options(self.configs.solve),
+        )  # fmt: skip
+        return T, U, W
+
+    # States.
+
+    def _state_grid(self, block_k: int, block_v: int, columns: int) -> tuple[int, int]:
+        tiles = -(-self.key_dim // block_k) * -(-columns // block_v)
+        return tiles, self.batch * self.num_pieces * self.value_heads
+
+    def _state_blocks(self, config: Launch, columns: int) -> dict[str, int]:
+        block_k = padded(self.key_dim) if self.delta else min(config.block_k, padded(self.key_dim))
+        return {"BLOCK_K": block_k, "BLOCK_V": min(config.block_v, padded(columns))}
+
+    @property
+    def _state_shape(self) -> dict[str, int]:
+        """With as many heads of Qr and Kt as those have."""
+        return {**self.shape, "H": self.value_heads} if self.x.gate == VECTOR else self.shape
+
+    def run_states(
+        self, scores: Scores, written: Tensor, W: Tensor, entering: Tensor, late: Tensor | None, *, h: Tensor | None,
+        values: Tensor, emitted: Tensor, final: Tensor, only: Tensor | None = None, sums: tuple[Tensor, Tensor] | None = None,
+    ) -> None:  # fmt: skip
+        """Forward through the pieces. written: U or V. late: None starts late pieces from zero. h: None stores no states."""
+        t, q, config = self.tables, self.q, self.configs.state
+        blocks = self._state_blocks(config, self.value_dim)
+        prefix, total = (q, q) if sums is None else sums
+        _states.state_kernel[self._state_grid(blocks["BLOCK_K"], blocks["BLOCK_V"], self.value_dim)](
+            scores.Kt, written, W, scores.last, entering, q if late is None else late, q if h is None else h, values, emitted,
+            final, prefix, total, t.cu_seqlens, t.first_chunk, t.enter, t.late, t.emit, t.final,
+            t.late if only is None else only, self.num_rows, self.num_chunks, self.num_pieces, entering.shape[1],
+            0 if late is None else late.shape[1], emitted.shape[1], final.shape[1], **self._state_shape, **blocks,
+            **self._common, DELTA=self.delta, LATE=late is not None, ONLY=only is not None, STORE=h is not None,
+            PREFIX=sums is not None, IDENTITY=False, **self._options(config),
+        )  # fmt: skip
+
+    def run_identity(self, scores: Scores, W: Tensor) -> Tensor:
+        """The transitions M [B, num_maps, HV, K, K] of the delta family: states that start as the identity, in tf32."""
+        t, q, config = self.tables, self.q, self.configs.state
+        found = self.states(len(self.pieces.maps), self.key_dim)
+        if not found.shape[1]:
+            return found
+        blocks = self._state_blocks(config, self.key_dim)
+        blocks["BLOCK_V"] = min(32, blocks["BLOCK_V"])
+        common = {**self._common, "COMPUTE": tl.float32}
+        _states.state_kernel[self._state_grid(blocks["BLOCK_K"], blocks["BLOCK_V"], self.key_dim)](
+            scores.Kt, q, W, scores.last, found, q, q, q, found, found, q, q, t.cu_seqlens, t.first_chunk, t.enter, t.late,
+            t.maps, t.final, t.maps, self.num_rows, self.num_chunks, self.num_pieces, 0, 0, found.shape[1], 0,
+            **{**self._state_shape, "V": self.key_dim}, **blocks, **common, DELTA=True, LATE=False, ONLY=True, STORE=False,
+            PREFIX=False, IDENTITY=True, num_warps=config.num_warps, num_stages=1,
+        )  # fmt: skip
+        return found
+
+    def run_state_grads(
+        self, scores: Scores, W: Tensor, do: Tensor, dv_inside: Tensor, dfinal: Tensor, dleft: Tensor | None, *,
+        dh: Tensor, dvalues: Tensor, emitted: Tensor, dentering: Tensor,
+        only: Tensor | None = None, sums: tuple[Tensor, Tensor] | None = None,
+    ) -> None:  # fmt: skip
+        """Backward through the pieces. dleft: None takes what comes back to emitting pieces as zero."""
+        t, q, config = self.tables, self.q, self.configs.state_grad
+        blocks = self._state_blocks(config, self.value_dim)
+        suffix, total = (q, q) if sums is None else sums
+        _states.state_grad_kernel[self._state_grid(blocks["BLOCK_K"], blocks["BLOCK_V"], self.value_dim)](
+            scores.Qr, scores.Kt, W, scores.last, do, dv_inside, dfinal, q if dleft is None else dleft, dh, dvalues, emitted,
+            dentering, suffix, total, t.cu_seqlens, t.first_chunk, t.enter, t.late, t.emit, t.final,
+            t.emit if only is None else only, self.scale, self.num_rows, self.num_chunks, self.num_pieces, dentering.shape[1],
+            emitted.shape[1], 0 if dleft is None else dleft.shape[1], dfinal.shape[1], **self._state_shape, **blocks,
+            **self._common, DELTA=self.delta, LATE=dleft is not None, ONLY=only is not None, PREFIX=sums is not None,
+            **self._options(config),
+        )  # fmt: skip
+
+    # Outputs and gradients.
+
+    def output(self, scores: Scores, values: Tensor, h: Tensor, late: Tensor | None, prefix: Tensor) -> Tensor:
+        """o [B, T, HV, V]. late: states that crossed into late pieces and that h lacks, None if it has them."""
+        t, config = self.tables, self.configs.output
+        blocks = self._blocks(config)
+        o = torch.empty_like(self.v)
+        _output.output_kernel[self._programs, triton.cdiv(self.value_dim, blocks["BLOCK_V"])](
+            scores.Qr, self.k, values, self.g, scores.P, h, h if late is None else late, prefix, o, t.cu_seqlens, t.chunks,
+            t.late, self.scale, self.num_rows, self.num_chunks, 0 if late is None else late.shape[1], **self._state_shape,
+            **blocks, **self._common, LATE=late is not None, **self._options(config),
+        )  # fmt: skip
+        return o
+
+    def values_grad(self, P: Tensor, do: Tensor) -> Tensor:
+        """The part of dV' that stays inside the chunk, [B, T, HV, V]."""
+        t, config = self.tables, self.configs.values_grad
+        found = self.scratch(self.value_dim)
+        _output.values_grad_kernel[(self._programs,)](
+            self.q, self.k, self.g, P, do, found, t.cu_seqlens, t.chunks, self.scale, self.num_rows, self.num_chunks,
+            **self.shape, **self._blocks(config), **self._common, **self._options(config),
+        )  # fmt: skip
+        return found
+
+    def gradients(
+        self, scores: Scores, T: Tensor, values: Tensor, do: Tensor, dvalues: Tensor, h: Tensor, dh: Tensor,
+        dleft: Tensor | None, suffix: Tensor,
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:  # fmt: skip
+        """(dq, dk, dv, dg, dbeta) in the shapes and dtypes of the protocol."""
+        t, config = self.tables, self.configs.gradient
+        grouped = self.value_heads != self.heads
+        dq, dk = (self.scratch(self.key_dim, dtype=torch.float32 if grouped else self.q.dtype) for _ in range(2))
+        dv = torch.empty_like(self.v)
+        vector = self.x.gate == VECTOR
+        dg = self.scratch(*((self.key_dim,) if vector else ()), dtype=torch.float32) if self.x.g is not None else self.q
+        dbeta = self.scratch(dtype=torch.float32) if self.delta else self.q
+        blocks = {"BLOCK_K": padded(self.key_dim), "BLOCK_V": min(config.block_v, padded(self.value_dim))}
+        for mild in (True, False) if vector else (True,):
+            _gradient.gradient_kernel[(self._programs,)](
+                self.q, self.k, self.v, self.g, self.beta, scores.P, scores.Kt, T, values, do, dvalues, h, dh,
+                h if dleft is None else dleft, suffix, dq, dk, dv, dg, dbeta, t.cu_seqlens, t.chunks, t.emit, self.scale,
+                self.num_rows, self.num_chunks, 0 if dleft is None else dleft.shape[1], **self.shape, **blocks,
+                **self._common, DELTA=self.delta, LATE=dleft is not None, MILD=mild,
+                VECTOR_PRECISION=self.precision, **self._options(config),
+            )  # fmt: skip
+        if grouped:
+            dq, dk = (d.unflatten(2, (self.heads, -1)).sum(3).to(self.q.dtype) for d in (dq, dk))
+        rate = None if self.x.g is None else dg.sum((0, 1)) if self.x.gate == CONSTANT else dg
+        return dq, dk, dv, rate, dbeta if self.delta else None

@@ -1,0 +1,118 @@
+"""``distattn bench linear`` at tiny sizes on the CPU: kernels, lengths, exchanges over two ranks, table and picture."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from distattn.bench import linear
+from distattn.bench.linear_problem import LinearProblem, LinearShape, errors, fla, ours, parse_shapes
+from distattn.bench.linear_report import draw, table
+from distattn.bench.linear_timing import Clock, quantiles
+from distattn.cli.bench import bench
+from distattn.errors import ConfigError, UnsupportedError
+
+TINY = LinearShape("gated_delta", 1, 80, 2, 8)
+
+
+def entry(ms: float, **more: Any) -> dict[str, Any]:
+    return {"forward_ms": [ms, ms, ms], "train_ms": [3 * ms, 3 * ms, 3 * ms], **more}
+
+
+RESULTS = {
+    "kernel|gla B1 T4096 H2 D16": {"ours": entry(1.0), "fla": entry(1.5)},
+    "kernel|kda B1 T4096 H2 D16": {"ours": entry(1.0, wrong=True), "fla": {"not_run": "is not here"}},
+    "length|gla B1 T1000 H2 D16": {"ours": entry(2.0)},
+    "ranks 2|gla B1 T64 H2 D16": {"alone": entry(2.0), "all_scan": entry(2.5), "fla": {"not_run": "has none"}},
+}
+
+
+def test_quantiles_and_turns() -> None:
+    assert quantiles([float(x) for x in range(11)]) == [2.0, 5.0, 8.0]
+    assert quantiles([3.0]) == [3.0, 3.0, 3.0]
+    order: list[str] = []
+    calls: dict[str, Callable[[], object]] = {name: partial(order.append, name) for name in "ab"}
+    times = Clock("cpu").in_turn(calls, 0.0)
+    assert order == ["a", "a", "b", "b", *"ababab"]
+    assert [len(found) for found in times.values()] == [3, 3]
+
+
+def test_errors_are_those_of_the_call() -> None:
+    found = errors(TINY, ours(TINY), "cpu")
+    assert list(found) == ["o", "dq", "dk", "dv", "dg", "dbeta"]
+    assert max(found.values()) < 1e-5
+
+    def spoiled(*tensors: Any) -> torch.Tensor:
+        return 1.1 * ours(TINY)(*tensors)
+
+    assert min(errors(TINY, spoiled, "cpu").values()) > 0.05
+    assert linear.is_wrong(errors(TINY, spoiled, "cpu"))
+
+
+def test_inputs_are_the_same_for_all() -> None:
+    first, again = (LinearProblem.make(TINY, "cpu") for _ in range(2))
+    assert all(torch.equal(a, b) for a, b in zip(first.leaves, again.leaves, strict=True))
+    assert len(first.leaves) == 5
+    assert len(LinearProblem.make(LinearShape("retention", 1, 8, 2, 8), "cpu").leaves) == 3
+
+
+def test_options_that_are_wrong() -> None:
+    assert parse_shapes("1x8x2x16, 2x4x1x8", ["gla"]) == [LinearShape("gla", 1, 8, 2, 16), LinearShape("gla", 2, 4, 1, 8)]
+    with pytest.raises(ConfigError, match="it takes BATCHxTOKENSxHEADSxDIM such as 1x65536x16x128"):
+        parse_shapes("1x8x2", ["gla"])
+    with pytest.raises(ConfigError, match="--kinds has 'mamba'; it may have linear, lightning"):
+        bench(["linear", "--json", "unused.json", "--kinds", "mamba"])
+    if not _has_fla():
+        with pytest.raises(UnsupportedError, match="pip install flash-linear-attention"):
+            fla(TINY)
+
+
+def _has_fla() -> bool:
+    try:
+        import fla  # noqa: F401  # pyright: ignore[reportMissingImports]
+    except ImportError:
+        return False
+    return True
+
+
+def test_table_and_picture(tmp_path: Path) -> None:
+    lines = table(RESULTS).splitlines()
+    row = next(line for line in lines if line.startswith("gla B1 T4096"))
+    assert " ".join(row.split()) == "gla B1 T4096 H2 D16 1.000 / 3.000 1.500 / 4.500 1.500 / 1.500"
+    assert next(line for line in lines if line.startswith("kda")).count("n/a") == 6
+    assert "6000.0" in next(line for line in lines if line.startswith("gla B1 T1000"))
+    assert any("all_scan" in line and "7.500 ms, 1.250 of alone" in line for line in lines)
+    assert "not_run fla: has none" in lines
+    pytest.importorskip("matplotlib", reason="matplotlib is not installed")
+    draw(RESULTS, {"device": "here", "torch": "2"}, tmp_path / "linear.png")
+    assert (tmp_path / "linear.png").stat().st_size > 10_000
+    with pytest.raises(UnsupportedError, match="there is nothing to draw"):
+        draw({"kernel|gla B1 T4 H2 D16": {"ours": {"not_run": "no"}}}, {}, tmp_path / "none.png")
+
+
+def test_the_command(tmp_path: Path) -> None:
+    path = tmp_path / "linear.json"
+    args = ["linear", "--json", str(path), "--seconds", "0", "--kinds", "gated_delta", "--commit", "x"]
+    more = ["--parts", "kernels,lengths,exchanges", "--shapes", "1x80x2x8", "--lengths", "64", "--tokens", "40", "--heads", "2"]
+    for _ in range(2):  # the second time everything is there
+        with pytest.raises(SystemExit) as stop:
+            bench([*args, *more, "--ranks", "2", "--engines", "alone,all_scan,two_level,fla"])
+        assert stop.value.code == 0
+    results = json.loads(path.read_text())["results"]
+    assert list(results) == [
+        "kernel|gated_delta B1 T80 H2 D8", "length|gated_delta B1 T64 H2 D16", "ranks 2|gated_delta B1 T40 H2 D16",
+    ]  # fmt: skip
+    mine = results["kernel|gated_delta B1 T80 H2 D8"]["ours"]
+    assert mine["kernel"] == "torch"
+    assert not mine["wrong"]
+    ranks = results["ranks 2|gated_delta B1 T40 H2 D16"]
+    assert "error" not in ranks["alone"]
+    for exchange in ("all_scan", "two_level"):
+        assert ranks[exchange]["error"] < 1e-5
+        assert len(ranks[exchange]["train_ms"]) == 3

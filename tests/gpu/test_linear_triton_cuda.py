@@ -1,0 +1,128 @@
+"""The Triton kernels of linear attention on a GPU against the token loop in fp64, within the errors that the dtypes cost."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from distattn.kernels.linear import KINDS, LINEAR_BACKENDS, LinearCase, Operands, Pieces
+from distattn.kernels.linear.chunked import TorchLinear
+from distattn.kernels.linear.triton_backend import TritonLinear
+from distattn.kernels.linear.triton_self_test import broken
+from distattn.linear import linear_attention
+from tests.kernels.linear_cases import CASES, make_operands, random_gradient, random_states, run_pieces, run_whole
+
+pytestmark = pytest.mark.gpu
+
+BF16, FP16 = torch.bfloat16, torch.float16
+LIMITS = {"o": 5e-3, "final": 5e-3, "dq": 8e-3, "dk": 8e-3, "dv": 8e-3, "dg": 2e-2, "dbeta": 2e-2, "dinitial": 8e-3}
+every_case = pytest.mark.parametrize(("kind", "gate"), [pytest.param(*case, id=" ".join(case)) for case in CASES])
+
+
+def excess(found: dict[str, Tensor | None], wanted: dict[str, Tensor]) -> dict[str, float]:
+    """Relative errors (RMS) that exceed the limits; a result that vanishes may be off by 1e-6."""
+    over = {}
+    for name, want in wanted.items():
+        got = found[name]
+        assert got is not None, f"{name} is missing"
+        off = got.double() - want.double()
+        error = float(off.norm() / want.double().norm().clamp(min=1e-12))
+        if not (error <= LIMITS[name] or float(off.abs().max()) <= 1e-6):
+            over[name] = error
+    return over
+
+
+def on_gpu(x: Operands, dtype: torch.dtype) -> Operands:
+    """Rates stay fp32."""
+    q, k, v = (t.to("cuda", dtype) for t in x[:3])
+    g, beta = (None if t is None else t.to("cuda", torch.float32) for t in x[3:5])
+    return Operands(q, k, v, g, beta, x.scale)
+
+
+def check(kind: str, gate: str, lengths: list[int], dtype: torch.dtype, *, skip: tuple[str, ...] = (), **options: Any) -> None:
+    """Documents with initial and final states, every gradient."""
+    x = on_gpu(make_operands(kind, gate, 1, sum(lengths), **options), dtype)
+    initial, dfinal = (random_states(1, len(lengths), x, seed).float().cuda() for seed in (1, 2))
+    do = random_gradient(x)
+    exact = Operands(*(None if t is None else t.double() for t in x[:5]), x.scale)  # pyright: ignore[reportCallIssue]
+    wanted = run_whole(TorchLinear(), exact, lengths, initial.double(), do.double(), dfinal.double())
+    found = run_whole(TritonLinear(), x, lengths, initial, do, dfinal)
+    over = excess(found, {n: t for n, t in wanted.items() if t is not None and n not in skip})
+    assert not over, over
+
+
+@every_case
+@pytest.mark.parametrize("strength", [0.0, 0.05, 5.0])
+def test_packed_documents(kind: str, gate: str, strength: float) -> None:
+    """Under strong gates the gradient of a constant one is a small difference of large numbers."""
+    skip = ("dg",) if strength == 5.0 and gate == "constant" else ()
+    for lengths in ([15], [256, 244, 500], [1, 99, 200, 900, 848]):
+        check(kind, gate, lengths, BF16, strength=strength, key_dim=128, value_dim=128, skip=skip)
+
+
+@pytest.mark.parametrize(
+    ("kind", "gate"), [("simple_gla", "scalar"), ("gla", "vector"), ("gated_delta", "scalar"), ("kda", "vector")]
+)
+@pytest.mark.parametrize(
+    ("dims", "heads", "dtype"),
+    [
+        ((60, 100), (1, 2), BF16),
+        ((128, 256), (1, 4), BF16),
+        ((256, 64), (2, 2), BF16),
+        ((64, 64), (2, 2), FP16),
+    ],
+)
+def test_dims_groups_and_dtypes(
+    kind: str, gate: str, dims: tuple[int, int], heads: tuple[int, int], dtype: torch.dtype
+) -> None:
+    shape: dict[str, Any] = {"key_dim": dims[0], "value_dim": dims[1], "heads": heads[0], "value_heads": heads[1]}
+    check(kind, gate, [65, 1, 300], dtype, strength=0.05, **shape)
+
+
+@pytest.mark.parametrize("kind", ["gla", "kda", "gated_delta"])
+def test_gates_that_forget_at_once(kind: str) -> None:
+    """−40 a token on average: dg is what rounding leaves of it."""
+    check(kind, KINDS[kind].gates[0], [300], BF16, strength=20.0, key_dim=128, value_dim=128, skip=("dg",))
+
+
+@every_case
+def test_pieces_that_hand_states_on(kind: str, gate: str) -> None:
+    x = on_gpu(make_operands(kind, gate, 2, 539, strength=0.05, key_dim=64, value_dim=64, value_heads=4), BF16)
+    found, wanted = run_pieces(TritonLinear(), x, [270, 5, 264])
+    assert not excess(found, wanted), excess(found, wanted)
+
+
+@every_case
+def test_the_self_test_passes(kind: str, gate: str) -> None:
+    case = LinearCase("cuda", BF16, gate, KINDS[kind].delta, 128, 128, 4, 4)
+    assert broken(TritonLinear(), case, torch.device("cuda", 0)) is None
+    assert LINEAR_BACKENDS["triton"].why_not(case) is None
+    assert "not fp32" in str(LINEAR_BACKENDS["triton"].why_not(replace(case, dtype=torch.float32)))
+
+
+def test_every_launch_gives_the_same_bits() -> None:
+    x = on_gpu(make_operands("kda", "vector", 1, 700, key_dim=64, value_dim=64), BF16)
+    states, do = torch.zeros(1, 0, 2, 64, 64, device="cuda"), random_gradient(x)
+    results = []
+    for _ in range(2):
+        backward = TritonLinear().backward_begin(x, Pieces.whole([700]), states, states, do, states)
+        backward.intra()
+        results.append(backward.finish(states))
+    for first, second in zip(*results, strict=True):
+        assert first is second is None or torch.equal(first, second)
+
+
+def test_the_call_takes_them() -> None:
+    x = on_gpu(make_operands("gated_delta", "scalar", 2, 200, key_dim=64, value_dim=64), BF16)
+    leaves = [t.requires_grad_() for t in x[:5] if t is not None]
+    q, k, v, g, beta = leaves
+    results = []
+    for kernel in ("auto", "torch"):
+        o, _ = linear_attention(q, k, v, kind="gated_delta", decay=g, beta=beta, kernel=kernel)
+        results.append([o, *torch.autograd.grad(o.float().square().sum(), leaves)])
+    for got, want in zip(*results, strict=True):
+        assert float((got.double() - want.double()).norm() / want.double().norm()) < 2e-2

@@ -1,0 +1,132 @@
+"""The Triton kernels of linear attention in Triton's interpreter, against the token loop in fp64; and their refusals.
+
+The interpreter is chosen where Triton is imported, so that kernels run in a process of their own, which this file starts.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+from collections.abc import Iterator
+from concurrent.futures import Executor, ProcessPoolExecutor
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+from distattn.errors import UnsupportedError
+from distattn.kernels.linear import LinearCase, Operands, choose_linear_backend
+from distattn.kernels.linear.triton_backend import TritonLinear
+from distattn.kernels.linear.triton_configs import linear_configs, padded
+from tests.kernels.linear_cases import (
+    CASES,
+    make_operands,
+    oracle,
+    random_gradient,
+    random_states,
+    run_pieces,
+    run_whole,
+    worst,
+)
+
+every_case = pytest.mark.parametrize(("kind", "gate"), [pytest.param(*case, id=" ".join(case)) for case in CASES])
+CPU = LinearCase("cpu", torch.float32, "scalar", False, 64, 64, 2, 2)
+
+
+@pytest.fixture(scope="module")
+def interpreter() -> Iterator[Executor]:
+    pytest.importorskip(
+        "triton", minversion="3.7", reason="triton >= 3.7 is not installed (its interpreter runs with numpy 2.4)"
+    )
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TRITON_INTERPRET", "1")
+        patch.setenv("OMP_NUM_THREADS", "1")
+        with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as executor:
+            executor.submit(os.getpid).result()
+            yield executor
+
+
+def whole_errors(kind: str, gate: str, lengths: list[int], options: dict, *, spread: bool = False) -> dict[str, float]:
+    """In the interpreter's process, of documents with initial and final states. spread: inputs with gaps between features."""
+    x = make_operands(kind, gate, 1, sum(lengths), **options)
+    if spread:
+        x = Operands(*(None if t is None else torch.stack((t, t * np.nan), -1)[..., 0] for t in x[:5]), x.scale)  # pyright: ignore
+    initial, dfinal = (random_states(1, len(lengths), x, seed).float() for seed in (1, 2))
+    do = random_gradient(x)
+    with np.errstate(all="ignore"):
+        found = run_whole(TritonLinear(), x, lengths, initial, do, dfinal)
+    return worst(found, oracle(x, lengths, initial, do, dfinal))
+
+
+def piece_errors(kind: str, gate: str) -> dict[str, float]:
+    """In the interpreter's process."""
+    x = make_operands(kind, gate, 1, 139, strength=0.05, heads=1, key_dim=16, value_dim=16, dtype=torch.float32)
+    with np.errstate(all="ignore"):
+        return worst(*run_pieces(TritonLinear(), x, [70, 5, 64]))
+
+
+@every_case
+def test_whole_documents(kind: str, gate: str, interpreter: Executor) -> None:
+    options = {"heads": 1, "value_heads": 2, "key_dim": 20, "value_dim": 24, "dtype": torch.float32, "strength": 0.1}
+    errors = interpreter.submit(whole_errors, kind, gate, [65, 1, 64], options).result()
+    assert max(errors.values()) < 3e-5, errors
+
+
+@pytest.mark.parametrize(
+    ("kind", "gate"), [("gla", "vector"), ("kda", "vector"), ("gated_delta", "scalar"), ("lightning", "constant")]
+)
+def test_strong_gates(kind: str, gate: str, interpreter: Executor) -> None:
+    """Chunks that decay by far more than fp32 spans: differences alone are exponentiated."""
+    options = {"heads": 1, "value_heads": 1, "key_dim": 16, "value_dim": 16, "dtype": torch.float32, "strength": 20.0}
+    errors = interpreter.submit(whole_errors, kind, gate, [70], options).result()
+    assert max(errors.values()) < 1e-4, errors
+
+
+@every_case
+def test_pieces(kind: str, gate: str, interpreter: Executor) -> None:
+    errors = interpreter.submit(piece_errors, kind, gate).result()
+    assert max(errors.values()) < 3e-5, errors
+
+
+@pytest.mark.parametrize(
+    ("kind", "gate", "dtype", "dims", "limit"),
+    [
+        ("gated_delta", "scalar", torch.float16, (16, 40), 1e-2),
+        ("kda", "vector", torch.float16, (40, 16), 1e-2),
+        ("simple_gla", "scalar", torch.float32, (70, 16), 5e-6),
+        ("delta", "none", torch.float32, (16, 130), 5e-6),
+    ],
+)
+def test_dtypes_and_odd_dims_of_strided_inputs(
+    kind: str, gate: str, dtype: torch.dtype, dims: tuple[int, int], limit: float, interpreter: Executor
+) -> None:
+    options = {"heads": 1, "value_heads": 1, "key_dim": dims[0], "value_dim": dims[1], "dtype": dtype, "strength": 0.1}
+    errors = interpreter.submit(whole_errors, kind, gate, [20, 66], options, spread=True).result()
+    assert max(errors.values()) < limit, errors
+
+
+def test_refusals(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    backend = TritonLinear()
+    assert "TRITON_INTERPRET=1" in str(backend.why_not(CPU))
+    assert "fp32, not torch.float64" in str(backend.why_not(replace(CPU, dtype=torch.float64)))
+    assert "up to 256, not 257" in str(backend.why_not(replace(CPU, key_dim=257)))
+    with pytest.raises(UnsupportedError, match="kernel=triton cannot compute this: runs on cpu only in Triton's interpreter"):
+        choose_linear_backend(CPU, "triton")
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    assert backend.why_not(CPU) is None
+    assert "no bf16" in str(backend.why_not(replace(CPU, dtype=torch.bfloat16)))
+    chosen, why = choose_linear_backend(CPU)
+    assert chosen.name == "torch"
+    assert why == "first of torch, triton that can"
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize("gate", ["none", "constant", "scalar", "vector"])
+def test_blocks_are_powers_of_two(gate: str, dtype: torch.dtype) -> None:
+    for delta in (False, True):
+        for key_dim, value_dim in ((16, 16), (60, 100), (128, 256), (256, 512)):
+            for launch in vars(linear_configs(dtype, gate, delta, key_dim, value_dim)).values():
+                assert padded(launch.block_k) == launch.block_k
+                assert padded(launch.block_v) == launch.block_v
