@@ -11,7 +11,7 @@ communication*; with ``context_fn=distattn.checkpoint_contexts`` it repeats neit
 
 from __future__ import annotations
 
-from collections.abc import Generator
+from collections.abc import Generator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, overload
 
@@ -24,6 +24,7 @@ from distattn.kernels import Case
 from distattn.kernels.merge import accumulation_dtype
 from distattn.kernels.protocol import WholeBackend
 from distattn.parallel.executor import POSTED, Execution, Kernel, output_gradient_sums
+from distattn.parallel.keep import as_fields, like_received, received
 from distattn.planning import DTYPES, Plan, plan_of
 
 _FEATURE_ALIGNMENT = 8
@@ -74,11 +75,15 @@ def attention(
     transfer fails or does not end in time.
     """
     call = _prepare(q, k, v, plan, scale, sink, softcap, key_bias, return_lse)
-    out, lse = _attention(call.q, call.k, call.v, plan.handle, call.scale, softcap or 0.0, call.lse_gradient)
+    numbers = (plan.handle, call.scale, softcap or 0.0, call.lse_gradient)
+    if plan.keep:
+        out, lse, _ = _attention_keep(call.q, call.k, call.v, *numbers)
+    else:
+        out, lse = _attention(call.q, call.k, call.v, *numbers)
     return _with_sink(out, lse, sink, return_lse)
 
 
-_SAVED_OPERATORS = ("distattn::attention", "distattn::linear_attention", "distattn::halo")
+_SAVED_OPERATORS = ("distattn::attention", "distattn::attention_keep", "distattn::linear_attention", "distattn::halo")
 
 
 def checkpoint_policy(ctx: Any, op: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
@@ -218,8 +223,9 @@ def _forward(plan: Plan, q: Tensor, k: Tensor, v: Tensor, kernel: Kernel) -> Exe
 
 
 def _backward(
-    plan: Plan, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, do: Tensor, dlse: Tensor | None, kernel: Kernel
-) -> Execution:
+    plan: Plan, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, do: Tensor, dlse: Tensor | None, kernel: Kernel,
+    kept: Sequence[Tensor] = (),
+) -> Execution:  # fmt: skip
     do = do.to(q.dtype)
     home = {"q": q, "k": k, "v": v, "do": do, "lse": lse}
     if kernel.backend.needs_out:
@@ -227,7 +233,9 @@ def _backward(
         home |= {"out": out, "delta": lse}
     else:
         home["delta"] = output_gradient_sums(out, do, dlse)
-    return Execution(plan.lowered_backward, plan.transport, kernel, home, label=plan.strategy, reduce_dtype=plan.reduce_dtype)
+    lowered = plan.lowered_backward
+    fields = as_fields(lowered, kept) if plan.keep else None
+    return Execution(lowered, plan.transport, kernel, home, label=plan.strategy, kept=fields, reduce_dtype=plan.reduce_dtype)
 
 
 @torch.library.custom_op("distattn::attention", mutates_args=())
@@ -256,8 +264,8 @@ def _(q: Tensor, k: Tensor, v: Tensor, plan: int, scale: float, softcap: float, 
 
 @torch.library.custom_op("distattn::attention_backward", mutates_args=())
 def _attention_backward(
-    do: Tensor, dlse: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, plan: int, scale: float,
-    softcap: float, lse_gradient: bool,
+    do: Tensor, dlse: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, kept: Sequence[Tensor], plan: int,
+    scale: float, softcap: float, lse_gradient: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     made = plan_of(plan)
     kernel = _kernel(made, q, v, scale, softcap, lse_gradient)
@@ -267,7 +275,7 @@ def _attention_backward(
             q, k, v, out, lse, do.to(q.dtype), dlse_or_none, made.only_tiles, **_numbers(made, kernel)
         )
         return dq.contiguous(), dk.contiguous(), dv.contiguous()
-    execution = _backward(made, q, k, v, out, lse, do, dlse_or_none, kernel)
+    execution = _backward(made, q, k, v, out, lse, do, dlse_or_none, kernel, kept)
     execution.run()
     dq, dk, dv = execution.result()
     return _apart(dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype))
@@ -286,8 +294,8 @@ def _apart(*results: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 @_attention_backward.register_fake
 def _(
-    do: Tensor, dlse: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, plan: int, scale: float,
-    softcap: float, lse_gradient: bool,
+    do: Tensor, dlse: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, kept: Sequence[Tensor], plan: int,
+    scale: float, softcap: float, lse_gradient: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
 
@@ -298,10 +306,48 @@ def _save(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor]) -> None:
 
 
 def _differentiate(ctx: Any, do: Tensor, dlse: Tensor) -> tuple:
-    return *_attention_backward(do, dlse, *ctx.saved_tensors, *ctx.numbers), None, None, None, None
+    return *_attention_backward(do, dlse, *ctx.saved_tensors, (), *ctx.numbers), None, None, None, None
 
 
 _attention.register_autograd(_differentiate, setup_context=_save)
+
+
+# The same where ranks keep what they received, which is a result too: checkpointing that saves results saves it.
+
+
+@torch.library.custom_op("distattn::attention_keep", mutates_args=())
+def _attention_keep(
+    q: Tensor, k: Tensor, v: Tensor, plan: int, scale: float, softcap: float, lse_gradient: bool
+) -> tuple[Tensor, Tensor, list[Tensor]]:
+    made = plan_of(plan)
+    execution = _forward(made, q, k, v, _kernel(made, q, v, scale, softcap, lse_gradient))
+    execution.run()
+    out, lse = execution.result()
+    return out, lse, received(made.lowered, execution.fields)
+
+
+@_attention_keep.register_fake
+def _(
+    q: Tensor, k: Tensor, v: Tensor, plan: int, scale: float, softcap: float, lse_gradient: bool
+) -> tuple[Tensor, Tensor, list[Tensor]]:
+    out = q.new_empty((*q.shape[:-1], v.shape[-1]))
+    lse = q.new_empty(q.shape[:-1], dtype=accumulation_dtype(q.dtype))
+    return out, lse, like_received(plan_of(plan).lowered, q, v)
+
+
+def _save_kept(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor, list[Tensor]]) -> None:
+    q, k, v, *ctx.numbers = inputs
+    out, lse, kept = output
+    ctx.save_for_backward(q, k, v, out, lse, *kept)
+
+
+def _differentiate_kept(ctx: Any, do: Tensor, dlse: Tensor, _: Any) -> tuple:
+    q, k, v, out, lse, *kept = ctx.saved_tensors
+    gradients = _attention_backward(do, dlse, q, k, v, out, lse, kept, *ctx.numbers)
+    return *gradients, None, None, None, None
+
+
+_attention_keep.register_autograd(_differentiate_kept, setup_context=_save_kept)
 
 
 # Split phase: three autograd nodes. Autograd runs them in the exact reverse of their creation order, so the backward
@@ -420,15 +466,16 @@ class _Finish(torch.autograd.Function):
         ctx.handle = handle
         assert handle.forward is not None
         out, lse = handle.forward.finish()
+        kept = received(handle.plan.lowered, handle.forward.execution.fields) if handle.plan.keep else ()
         handle.forward = None
-        ctx.save_for_backward(q, k, v, out, lse)
+        ctx.save_for_backward(q, k, v, out, lse, *kept)
         return out, lse
 
     @staticmethod
     def backward(ctx: Any, do: Tensor, dlse: Tensor | None) -> tuple:  # pyright: ignore[reportIncompatibleMethodOverride]
         handle: AttentionHandle = ctx.handle
-        q, k, v, out, lse = ctx.saved_tensors
+        q, k, v, out, lse, *kept = ctx.saved_tensors
         dlse = dlse if handle.lse_gradient else None
-        execution = _backward(handle.plan, q, k, v, out, lse, do, dlse, handle.kernel)
+        execution = _backward(handle.plan, q, k, v, out, lse, do, dlse, handle.kernel, kept)
         handle.backward = _Phases(execution)
         return do.new_zeros(()), None, None, None, None

@@ -21,15 +21,20 @@ import yaml
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from distattn.config_pairs import check_keeping, check_nano_batches, check_servers
 from distattn.data.config import DataConfig
 from distattn.errors import ConfigError
 from distattn.kernels import BACKENDS
 from distattn.models.config import ModelConfig
+from distattn.models.hf_weights import with_shape
+from distattn.parallel.keep import MODES as KEEP_MODES
 from distattn.parallel.schedulers import SCHEDULERS
 
 DEVICES = ("auto", "cpu", "cuda")
 PRECISIONS = ("auto", "float32", "bfloat16")
 ACTIVATION_CHECKPOINTING = ("none", "selective", "full")
+ENGINES = ("fsdp", "deepspeed")
+ZERO_STAGES = (1, 2, 3)
 
 MAY_CHANGE = (
     "run.*",
@@ -40,6 +45,9 @@ MAY_CHANGE = (
     "log.*",
     "train.device",
     "train.activation_checkpointing",
+    "train.nano_batches",
+    "train.engine",
+    "train.zero_stage",
     "train.loss_chunk_tokens",
     "train.timeout_seconds",
     "train.hang_seconds",
@@ -65,17 +73,23 @@ class RunConfig:
 class TrainConfig:
     """How long and on what; ``global_batch`` counts sequences a step over all data ranks.
 
-    activation_checkpointing: ``selective`` recomputes everything but attention, ``full`` also repeats attention and its
-    communication. loss_chunk_tokens: tokens whose logits exist at one time. timeout_seconds: a collective that waits longer
-    ends the run with an error. hang_seconds: without progress for so long, every rank reports where it is and ends; 0: never.
+    nano_batches: 2 cuts every sequence in two halves that take turns, so that transfers of attention hide behind the other
+    half (``distattn.pingpong``). activation_checkpointing: ``selective`` recomputes everything but attention, ``full`` also
+    repeats attention and its communication. loss_chunk_tokens: tokens whose logits exist at one time. timeout_seconds: a
+    collective that waits longer ends the run with an error. hang_seconds: without progress for so long, every rank reports
+    where it is and ends; 0: never.
+    engine: who shards and updates the model, FSDP2 or DeepSpeed's ZeRO of stage ``zero_stage``.
     """
 
     steps: int = 1000
     seed: int = 0
     global_batch: int = 1
+    nano_batches: int = 1
     device: str = "auto"
     precision: str = "auto"
     activation_checkpointing: str = "none"
+    engine: str = "fsdp"
+    zero_stage: int = 2
     loss_chunk_tokens: int = 1024
     timeout_seconds: float = 600.0
     hang_seconds: float = 300.0
@@ -98,11 +112,16 @@ class OptimConfig:
 @dataclass(frozen=True)
 class ParallelConfig:
     """context: ranks that share one sequence. data: groups of ``context`` ranks, each with sequences of its own; 0 makes as
-    many as there are devices for (one on a CPU). strategy: a scheduler's name, or auto."""
+    many as there are devices for (one on a CPU). strategy: a scheduler's name, or auto. servers: so many last ranks of each
+    context group hold no rows and compute attention for the others; needs strategy disaggregated. backward: whether received
+    queries, keys and values are sent again or kept for the backward; auto keeps where they are at most keep_bytes a layer."""
 
     context: int = 1
     data: int = 0
     strategy: str = "auto"
+    servers: int = 0
+    backward: str = "resend"
+    keep_bytes: int = 0
 
 
 @dataclass(frozen=True)
@@ -174,6 +193,8 @@ def load_config(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> 
         else:
             settings[key] = value
     config = _build(settings, texts)
+    if config.model.init_from:
+        config = dataclasses.replace(config, model=with_shape(config.model, settings.keys() | texts.keys()))
     if not config.run.dir:
         config = config.replace("run.dir", str(Path("runs") / path.stem))
     check(config)
@@ -372,8 +393,17 @@ def check(config: Config) -> None:
             f"train.global_batch={config.train.global_batch} does not divide over parallel.data={data} data ranks: "
             f"make it a multiple of {data}."
         )
+    check_servers(config.parallel)
+    check_keeping(config.parallel)
+    check_nano_batches(config)
+    _check_engine(config.train)
     if "\0" in config.run.dir:
         raise ConfigError(f"run.dir={config.run.dir!r} cannot be a path: it holds a NUL character.")
+
+
+def _check_engine(train: TrainConfig) -> None:
+    if train.zero_stage not in ZERO_STAGES:
+        raise ConfigError(f"train.zero_stage={train.zero_stage} is not allowed: it must be 1, 2 or 3.")
 
 
 def _value(config: Config, key: str) -> Any:
@@ -393,6 +423,7 @@ _AT_LEAST: dict[str, float] = {
     "train.steps": 1,
     "train.seed": 0,
     "train.global_batch": 1,
+    "train.nano_batches": 1,
     "train.loss_chunk_tokens": 1,
     "train.timeout_seconds": 0,
     "train.hang_seconds": 0,
@@ -409,6 +440,8 @@ _AT_LEAST: dict[str, float] = {
     "optim.clip_norm": 0,
     "parallel.context": 1,
     "parallel.data": 0,
+    "parallel.servers": 0,
+    "parallel.keep_bytes": 0,
     "checkpoint.interval": 1,
     "checkpoint.keep": 1,
     "eval.interval": 0,
@@ -417,8 +450,10 @@ _AT_LEAST: dict[str, float] = {
 }
 _CHOICES: dict[str, Sequence[str]] = {
     "parallel.strategy": ("auto", *SCHEDULERS),
+    "parallel.backward": KEEP_MODES,
     "kernel": ("auto", *BACKENDS),
     "train.device": DEVICES,
     "train.precision": PRECISIONS,
     "train.activation_checkpointing": ACTIVATION_CHECKPOINTING,
+    "train.engine": ENGINES,
 }

@@ -21,6 +21,8 @@ from distattn.errors import ConfigError, DistattnError
 from distattn.launchers.environment import PREPARED_VARIABLE, init_from_environment, joined_by_environment
 from distattn.launchers.local import run_local
 from distattn.launchers.supervise import RESTART_VARIABLE, Failure, Journal, step_being_computed, supervise
+from distattn.models.hf_weights import check_weights
+from distattn.training.engine import check_engine
 from distattn.training.mesh import Mesh, build_mesh
 from distattn.training.preflight import (
     Ranks,
@@ -96,6 +98,8 @@ def _prepare(config: Config, ranks: Ranks, stack: ExitStack) -> RunLock | None:
     """Every check, then the run's directory, locked until the stack closes; None if the run in it is finished."""
     check_heads(config, ranks)
     check_kernel(config, ranks)
+    check_engine(config)
+    check_weights(config.model)
     run = RunDir(config.run.dir)
     cache = open_cache(config.data, log=_say)
     check_vocabulary(config, cache)

@@ -122,6 +122,7 @@ class ModelConfig:
     deviation of the initial weights; see ``Decoder.init_weights`` for the ones that differ. layers: the kinds of the layers,
     separated by commas, ``kind*n`` for n in a row, repeated from the start until there are num_layers: softmax or a kind of
     ``LINEAR_KINDS``. linear: the shape of the latter. attention_gate: softmax attention times the sigmoid of a projection.
+    init_from: a folder with a Hugging Face model (``distattn.models.hf_weights``) that weights and shape are taken from.
     """
 
     vocab_size: int = 256
@@ -139,6 +140,7 @@ class ModelConfig:
     attention_gate: bool = False
     linear: LinearConfig = field(default_factory=LinearConfig)
     init_std: float = 0.02
+    init_from: str = ""
     rope: RopeConfig = field(default_factory=RopeConfig)
 
     def validate(self) -> None:

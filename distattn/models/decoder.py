@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -27,6 +27,7 @@ from distattn.models.layers import RMSNorm, StreamInfo, bare_linear
 from distattn.models.linear_mixer import LinearMixer
 from distattn.models.loss import chunked_cross_entropy, per_token_loss
 from distattn.models.rope import apply_rotation, make_rotation
+from distattn.pingpong import NanoBatches, PingPong
 from distattn.planning import Plan
 
 BlockRunner = Callable[..., Tensor]
@@ -48,13 +49,22 @@ class Attention(nn.Module):
         self.gate = bare_linear(config.dim, config.num_heads * config.head_dim) if config.attention_gate else None
 
     def forward(self, x: Tensor, stream: StreamInfo) -> Tensor:
-        heads = (*x.shape[:2], -1, self.head_dim)
-        q = apply_rotation(self.q_norm(self.q(x).view(heads)), stream.rotation)
-        k = apply_rotation(self.k_norm(self.k(x).view(heads)), stream.rotation)
-        out = attention(q, k, self.v(x).view(heads), stream.plan)
+        q, k, v, *gate = self.project(x, stream)
+        out = attention(q, k, v, stream.plan)
         assert isinstance(out, Tensor)
+        return self.combine(out, *gate)
+
+    def project(self, x: Tensor, stream: StreamInfo) -> tuple[Tensor, ...]:
+        """(q, k, v), and the gate's values where there is one."""
+        heads = (-1, self.head_dim)
+        q = apply_rotation(self.q_norm(self.q(x).unflatten(2, heads)), stream.rotation)
+        k = apply_rotation(self.k_norm(self.k(x).unflatten(2, heads)), stream.rotation)
+        return q, k, self.v(x).unflatten(2, heads), *(() if self.gate is None else (self.gate(x),))
+
+    def combine(self, out: Tensor, *gate: Tensor) -> Tensor:
+        """From attention's output [B, T_local, num_heads, head_dim] to the layer's [B, T_local, dim]."""
         out = out.flatten(2)
-        return self.o(out if self.gate is None else out * self.gate(x).sigmoid())
+        return self.o(out * gate[0].sigmoid() if gate else out)
 
 
 class FeedForward(nn.Module):
@@ -85,15 +95,50 @@ class Block(nn.Module):
         return self.run(self._compute, x, stream)
 
     def _compute(self, x: Tensor, stream: StreamInfo) -> Tensor:
-        x = x + self.attention(self.attention_norm(x), stream)
+        return self.feed_onward(x + self.attention(self.attention_norm(x), stream))
+
+    def feed_onward(self, x: Tensor) -> Tensor:
+        """What follows attention."""
         return x + self.feed_forward(self.feed_forward_norm(x))
+
+
+class _BeforeAttention(nn.Module):
+    """The part of a block up to q, k, v, for ``PingPong``; its weights are the block's own."""
+
+    def __init__(self, block: Block) -> None:
+        super().__init__()
+        mixer = block.attention
+        assert isinstance(mixer, Attention)
+        parts = (block.attention_norm, mixer.q, mixer.k, mixer.v, mixer.q_norm, mixer.k_norm, mixer.gate)
+        self.parts = nn.ModuleList(part for part in parts if part is not None)
+        # In tuples, so as not to be children, whose weights would all count as ours.
+        self._norm, self._mixer = (block.attention_norm,), (mixer,)
+
+    def forward(self, x: Tensor, stream: StreamInfo) -> tuple[Tensor, ...]:
+        q, k, v, *gate = self._mixer[0].project(self._norm[0](x), stream)
+        return q, k, v, x, *gate
+
+
+class _AfterAttention(nn.Module):
+    """The rest of a block."""
+
+    def __init__(self, block: Block) -> None:
+        super().__init__()
+        mixer = block.attention
+        assert isinstance(mixer, Attention)
+        self.parts = nn.ModuleList([mixer.o, block.feed_forward_norm, block.feed_forward])
+        self._block, self._mixer = (block,), (mixer,)
+
+    def forward(self, out: Tensor, x: Tensor, *rest: Any) -> Tensor:
+        *gate, _ = rest
+        return self._block[0].feed_onward(x + self._mixer[0].combine(out, *gate))
 
 
 class Decoder(nn.Module):
     """The model up to its hidden states, and its losses; logits are never materialised for a whole shard.
 
-    ``blocks`` holds the units to shard: ``fully_shard`` each of them and then the decoder, and register ``loss`` and
-    ``token_losses`` with ``register_fsdp_forward_method``, so that the output projection is gathered for them too. With
+    ``blocks`` holds the units to shard: ``fully_shard`` each of them and then the decoder, and register ``loss``, ``nano_loss``
+    and ``token_losses`` with ``register_fsdp_forward_method``, so that the output projection is gathered for them too. With
     mixed precision set ``cast_forward_inputs=False``: there is nothing to cast, and FSDP2 would rebuild the plan.
 
     config is validated (ConfigError). Weights depend on config and seed alone, not on the number of ranks; built under
@@ -108,6 +153,7 @@ class Decoder(nn.Module):
         self.blocks = nn.ModuleList(Block(config, i, kind) for i, kind in enumerate(config.layer_kinds))
         self.norm = RMSNorm(config.dim, config.norm_eps)
         self.output = None if config.tie_embeddings else bare_linear(config.dim, config.vocab_size)
+        self.ping_pong: PingPong | None = None
         if not self.embedding.weight.is_meta:
             self.init_weights(seed)
 
@@ -128,12 +174,17 @@ class Decoder(nn.Module):
                 "[B, T_local], and [B, T_local] or [T_local]."
             )
         x = self.embedding(tokens)
-        stream = StreamInfo(
-            plan, make_rotation(self.config.rope, self.config.head_dim, positions, x.dtype), self._documents(plan)
-        )
+        stream = self._stream(plan, positions, x.dtype)
+        if self.ping_pong is not None:
+            (x,) = self.ping_pong([x], [stream], NanoBatches.of(plan))
+            return self.norm(x)
         for block in self.blocks:
             x = block(x, stream)
         return self.norm(x)
+
+    def _stream(self, plan: Plan, positions: Tensor, dtype: torch.dtype) -> StreamInfo:
+        rotation = make_rotation(self.config.rope, self.config.head_dim, positions, dtype)
+        return StreamInfo(plan, rotation, self._documents(plan))
 
     def _documents(self, plan: Plan) -> np.ndarray | None:
         """Where documents begin, for linear layers; from the mask, which keeps them apart."""
@@ -149,6 +200,29 @@ class Decoder(nn.Module):
         hidden = self.forward(tokens, positions, plan)
         return chunked_cross_entropy(hidden, self.output_weight, labels, chunk_tokens=chunk_tokens)
 
+    def nano_loss(
+        self,
+        tokens: Sequence[Tensor],
+        positions: Sequence[Tensor],
+        labels: Sequence[Tensor],
+        nano: NanoBatches,
+        *,
+        chunk_tokens: int = 1024,
+    ) -> tuple[Tensor, Tensor]:
+        """``loss`` of two nano-batches that take turns, summed; needs ``use_ping_pong`` first.
+
+        tokens, positions, labels: of each nano-batch, as for ``loss``. Collective.
+        """
+        assert self.ping_pong is not None, "use_ping_pong comes first"
+        xs = [self.embedding(part) for part in tokens]
+        infos = [self._stream(plan, part, xs[0].dtype) for plan, part in zip(nano.plans, positions, strict=True)]
+        losses, counts = [], []
+        for x, part in zip(self.ping_pong(xs, infos, nano), labels, strict=True):
+            loss, count = chunked_cross_entropy(self.norm(x), self.output_weight, part, chunk_tokens=chunk_tokens)
+            losses.append(loss)
+            counts.append(count)
+        return torch.stack(losses).sum(), torch.stack(counts).sum()
+
     @torch.no_grad()
     def token_losses(
         self, tokens: Tensor, positions: Tensor, labels: Tensor, plan: Plan, *, chunk_tokens: int = 1024
@@ -157,6 +231,21 @@ class Decoder(nn.Module):
         hidden = self.forward(tokens, positions, plan)
         return per_token_loss(hidden, self.output_weight, labels, chunk_tokens=chunk_tokens)
 
+    def use_ping_pong(self) -> PingPong:
+        """Go through the blocks phase by phase from now on, so that ``nano_loss`` is possible; the results stay the same.
+
+        Call it before ``fully_shard``, and shard the phases instead of ``blocks``. Parameter names stay. Raises InputError for
+        linear layers: they carry a state from the first nano-batch to the second.
+        """
+        if self.config.num_softmax_layers < self.config.num_layers:
+            raise InputError(
+                f"model.layers={self.config.layers} has linear layers, which carry a state from one half of a sequence to the "
+                "other: ping-pong takes softmax layers only"
+            )
+        blocks = [block for block in self.blocks if isinstance(block, Block)]
+        self.ping_pong = PingPong([(_BeforeAttention(block), _AfterAttention(block)) for block in blocks])
+        return self.ping_pong
+
     def set_block_runner(self, run: BlockRunner) -> None:
         """Run every block's computation by ``run(function, *args)``, for example
         ``functools.partial(torch.utils.checkpoint.checkpoint, use_reentrant=False)``. Parameter names stay, and FSDP2
@@ -164,6 +253,8 @@ class Decoder(nn.Module):
         for block in self.blocks:
             assert isinstance(block, Block)
             block.run = run
+        if self.ping_pong is not None:
+            self.ping_pong.set_runner(run)
 
     @torch.no_grad()
     def init_weights(self, seed: int) -> None:
@@ -181,7 +272,7 @@ class Decoder(nn.Module):
             key = hashlib.sha256(f"{seed}/{name}".encode()).digest()
             generator = torch.Generator(parameter.device).manual_seed(int.from_bytes(key[:7], "little"))
             whole = torch.empty(parameter.shape, dtype=torch.float32, device=parameter.device)
-            _assign(parameter, whole.normal_(generator=generator).mul_(self._initial_std(name)))
+            assign_weight(parameter, whole.normal_(generator=generator).mul_(self._initial_std(name)))
 
     def _initial_std(self, name: str) -> float:
         if name == "output.weight":
@@ -195,7 +286,7 @@ class Decoder(nn.Module):
         return self.config.init_std
 
 
-def _assign(parameter: nn.Parameter, whole: Tensor) -> None:
+def assign_weight(parameter: nn.Parameter, whole: Tensor) -> None:
     """Copy a tensor that every rank holds alike into a parameter or into this rank's shard of it."""
     if isinstance(parameter, DTensor):
         # No source rank: each rank cuts its shard out of its own copy, without communication.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -10,6 +11,9 @@ from torch import Tensor
 from distattn.config import Config
 from distattn.data import IGNORED_LABEL, PackedSequence
 from distattn.mask import Mask
+from distattn.models import Decoder
+from distattn.parallel.schedulers.disaggregated import DisaggregatedOptions
+from distattn.pingpong import NanoBatches, cut_in_two
 from distattn.planning import Plan, plan
 from distattn.training.mesh import Mesh
 from distattn.training.sharding import compute_dtype
@@ -31,6 +35,26 @@ class MicroBatch:
     num_labels: int
     flops: float
 
+    def loss(self, model: Decoder, chunk_tokens: int) -> Tensor:
+        """Summed loss of this rank's rows. Collective."""
+        return model.loss(self.tokens, self.positions, self.labels, self.plan, chunk_tokens=chunk_tokens)[0]
+
+
+@dataclass(frozen=True)
+class NanoMicroBatch:
+    """This rank's rows of one packed sequence in two halves, each as in ``MicroBatch``; labels and flops are of both."""
+
+    tokens: tuple[Tensor, ...]
+    labels: tuple[Tensor, ...]
+    positions: tuple[Tensor, ...]
+    nano: NanoBatches
+    num_labels: int
+    flops: float
+
+    def loss(self, model: Decoder, chunk_tokens: int) -> Tensor:
+        """Summed loss of this rank's rows, the halves in turns. Collective."""
+        return model.nano_loss(self.tokens, self.positions, self.labels, self.nano, chunk_tokens=chunk_tokens)[0]
+
 
 def make_mask(config: Config, sequence: PackedSequence) -> Mask:
     """Causal within each document, and within ``model.sliding_window`` keys (the query's own included) where that is set."""
@@ -41,36 +65,66 @@ def make_mask(config: Config, sequence: PackedSequence) -> Mask:
 
 def make_plan(config: Config, mesh: Mesh, sequence: PackedSequence) -> Plan:
     """The schedule of a sequence's attention. Collective over the context group."""
-    return plan(
-        make_mask(config, sequence),
-        heads=config.model.num_heads,
-        kv_heads=config.model.num_kv_heads,
-        head_dim=config.model.head_dim,
-        group=mesh.context_group,
-        strategy=config.parallel.strategy,
-        kernel=config.kernel,
-        dtype=compute_dtype(config, mesh.device),
-        timeout_s=config.train.timeout_seconds,
-    )
+    return plan(make_mask(config, sequence), **_plan_arguments(config, mesh))
+
+
+def make_nano_batches(config: Config, mesh: Mesh, sequence: PackedSequence) -> NanoBatches:
+    """The schedules of both halves of a sequence. Collective over the context group."""
+    return cut_in_two(make_mask(config, sequence), **_plan_arguments(config, mesh))
+
+
+def plan_ahead(config: Config, mesh: Mesh, sequence: PackedSequence) -> None:
+    """Leave the plans of a sequence for the call above that asks for them. Waits for no rank; for another thread."""
+    make = plan if config.train.nano_batches == 1 else cut_in_two
+    make(make_mask(config, sequence), **_plan_arguments(config, mesh), ahead=True)
+
+
+def _plan_arguments(config: Config, mesh: Mesh) -> dict[str, Any]:
+    return {
+        "heads": config.model.num_heads,
+        "kv_heads": config.model.num_kv_heads,
+        "head_dim": config.model.head_dim,
+        "group": mesh.context_group,
+        "strategy": config.parallel.strategy,
+        "options": _options(config),
+        "kernel": config.kernel,
+        "dtype": compute_dtype(config, mesh.device),
+        "timeout_s": config.train.timeout_seconds,
+        "backward": config.parallel.backward,
+        "keep_bytes": config.parallel.keep_bytes or None,
+    }
+
+
+def _options(config: Config) -> DisaggregatedOptions | None:
+    """The strategy's options where the configuration sets any."""
+    return DisaggregatedOptions(servers=config.parallel.servers) if config.parallel.servers else None
 
 
 def make_batch(config: Config, mesh: Mesh, sequence: PackedSequence) -> MicroBatch:
     """Read this rank's rows of a sequence, and no others. Collective over the context group."""
     schedule = make_plan(config, mesh, sequence)
-    rows = schedule.positions.cpu().numpy()
-    tokens, labels, positions = (torch.from_numpy(part) for part in sequence.read(rows))
+    tokens, labels, positions, num_labels = _read(sequence, schedule.positions, mesh.device)
+    return MicroBatch(tokens, labels, positions, schedule, num_labels, _flops(config, mesh, sequence, schedule.mask.area))
+
+
+def make_nano_batch(config: Config, mesh: Mesh, sequence: PackedSequence) -> NanoMicroBatch:
+    """``make_batch`` in two halves. Collective over the context group."""
+    nano = make_nano_batches(config, mesh, sequence)
+    tokens, labels, positions, counts = zip(*(_read(sequence, rows, mesh.device) for rows in nano.positions), strict=True)
+    area = sum(half.mask.area for half in nano.plans)
+    return NanoMicroBatch(tokens, labels, positions, nano, sum(counts), _flops(config, mesh, sequence, area))
+
+
+def _read(sequence: PackedSequence, rows: Tensor, device: torch.device) -> tuple[Tensor, Tensor, Tensor, int]:
+    """(tokens [1, n], labels [1, n], positions [n], number of labels) of some rows."""
+    tokens, labels, positions = (torch.from_numpy(part) for part in sequence.read(rows.numpy()))
     num_labels = int((labels != IGNORED_LABEL).sum())
-    num_tokens = sequence.seq_len
-    flops = config.model.flops_per_token(schedule.mask.area, num_tokens) * num_tokens / mesh.context
-    device = mesh.device
-    return MicroBatch(
-        tokens[None].to(device, non_blocking=True),
-        labels[None].to(device, non_blocking=True),
-        positions.to(device, non_blocking=True),
-        schedule,
-        num_labels,
-        flops,
-    )
+    tokens, labels, positions = (x.to(device, non_blocking=True) for x in (tokens[None], labels[None], positions))
+    return tokens, labels, positions, num_labels
+
+
+def _flops(config: Config, mesh: Mesh, sequence: PackedSequence, area: int) -> float:
+    return config.model.flops_per_token(area, sequence.seq_len) * sequence.seq_len / mesh.context
 
 
 def step_indices(step: int, global_batch: int, mesh: Mesh) -> range:

@@ -64,8 +64,8 @@ class Restored:
 class CheckpointManager:
     """Saves and loads the checkpoints of one run; every rank makes one.
 
-    A tensor is a DTensor (Shard and Replicate placements, on any mesh) or a plain tensor, which counts as the same on
-    every rank. Each distinct block is written once, whoever else holds it.
+    A tensor is a DTensor (Shard and Replicate placements, on any mesh), a Part that says itself which block it is, or a plain
+    tensor, which counts as the same on every rank. Each distinct block is written once, whoever else holds it.
 
     directory: where step-N folders go, on a file system that all ranks see. rank, world: of ``group`` (None: the
     default process group; one rank needs none). keep: newest checkpoints that survive. timeout_s: how long a background
@@ -103,7 +103,7 @@ class CheckpointManager:
         # Its exchange between ranks also keeps them from writing before rank 0 has cleaned up.
         self._ranks = CheckpointRanks(rank, world, group)
 
-    def save(self, step: int, tensors: Mapping[str, Tensor], meta: Mapping[str, Any]) -> None:
+    def save(self, step: int, tensors: Mapping[str, Tensor | Part], meta: Mapping[str, Any]) -> None:
         """Snapshot ``tensors`` and write them in the background as the checkpoint of ``step``.
 
         Returns when the snapshot is taken: the tensors may change. One host copy of this rank's share is kept for the
@@ -146,7 +146,7 @@ class CheckpointManager:
         steps = published_steps(self.directory)
         return steps[-1] if steps else None
 
-    def load(self, tensors: Mapping[str, Tensor], step: int | None = None) -> Restored | None:
+    def load(self, tensors: Mapping[str, Tensor | Part], step: int | None = None) -> Restored | None:
         """Read the newest checkpoint that is whole, or that of ``step``, into ``tensors``, in place.
 
         Names may be some of those saved; shapes (global) and dtypes must be those saved; placements need not. All ranks

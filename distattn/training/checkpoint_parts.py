@@ -66,11 +66,14 @@ class Part:
         return short_digest(f"{self.name}{self.block}") if self.num_held else 0
 
 
-def part_of(name: str, tensor: Tensor) -> Part:
+def part_of(name: str, tensor: Tensor | Part) -> Part:
     """This rank's part of ``tensor``: values share its memory, without autograd.
 
-    A plain tensor is held whole. CheckpointError: a DTensor with a placement other than Shard and Replicate.
+    A plain tensor is held whole; what is a Part already stays it. CheckpointError: a DTensor with a placement other than
+    Shard and Replicate.
     """
+    if isinstance(tensor, Part):
+        return tensor
     info = TensorInfo(tuple(tensor.shape), tensor.dtype)
     if not isinstance(tensor, DTensor):
         return Part(name, info, Block((0,) * tensor.ndim, info.shape), tensor.detach())

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -24,20 +25,29 @@ def learning_rate(config: OptimConfig, step: int, steps: int) -> float:
     return config.lr * (floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * progress)))
 
 
+MOMENTS = ("exp_avg", "exp_avg_sq")
+
+
+def parameter_groups(config: OptimConfig, model: nn.Module) -> list[dict[str, Any]]:
+    """AdamW's groups: matrices, which decay, and the rest."""
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    return [
+        {"params": [p for p in parameters if p.dim() >= 2], "weight_decay": config.weight_decay},
+        {"params": [p for p in parameters if p.dim() < 2], "weight_decay": 0.0},
+    ]
+
+
 def build_optimizer(config: OptimConfig, model: nn.Module) -> torch.optim.AdamW:
     """AdamW over all parameters; only matrices decay. Its state exists at once, so that a checkpoint can be read into it."""
-    parameters = [p for p in model.parameters() if p.requires_grad]
+    groups = parameter_groups(config, model)
     optimizer = torch.optim.AdamW(
-        [
-            {"params": [p for p in parameters if p.dim() >= 2], "weight_decay": config.weight_decay},
-            {"params": [p for p in parameters if p.dim() < 2], "weight_decay": 0.0},
-        ],
+        groups,
         lr=config.lr,
         betas=(config.beta1, config.beta2),
         eps=config.eps,
         fused=True,
     )
-    for p in parameters:
+    for p in (p for group in groups for p in group["params"]):
         optimizer.state[p] = {
             "step": torch.zeros((), dtype=torch.float32, device=p.device),
             "exp_avg": torch.zeros_like(p, requires_grad=False),
@@ -56,7 +66,7 @@ def training_state(model: nn.Module, optimizer: torch.optim.AdamW) -> dict[str, 
     tensors: dict[str, Tensor] = {}
     for name, parameter in model.named_parameters():
         tensors[f"model.{name}"] = parameter.detach()
-        for moment in ("exp_avg", "exp_avg_sq"):
+        for moment in MOMENTS:
             tensors[f"optimizer.{moment}.{name}"] = optimizer.state[parameter][moment]
     return tensors
 

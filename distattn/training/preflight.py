@@ -77,6 +77,13 @@ def _divide_batch(config: Config, ranks: Ranks) -> Ranks:
     return ranks
 
 
+def attention_servers(config: Config, ranks: Ranks) -> tuple[int, ...]:
+    """Ranks that hold no tokens and only compute attention for others: the last ``parallel.servers`` of each context group,
+    a context group being ``parallel.context`` ranks in a row."""
+    servers, context = config.parallel.servers, ranks.context
+    return tuple(first + i for first in range(0, ranks.data * context, context) for i in range(context - servers, context))
+
+
 def node_counts(config: Config, nodes: int, ranks_per_node: int) -> tuple[int, ...]:
     """Numbers of nodes, ``nodes`` and fewer, largest first, on which the run computes the same steps: the global batch is
     dealt to the data ranks that there are. One number alone where ``parallel.data`` fixes it."""

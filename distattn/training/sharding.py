@@ -16,6 +16,7 @@ from torch.utils.checkpoint import checkpoint
 from distattn.attention import checkpoint_contexts
 from distattn.config import Config
 from distattn.models import Decoder
+from distattn.models.hf_weights import load_weights
 from distattn.training.mesh import Mesh
 
 
@@ -31,25 +32,37 @@ def build_model(config: Config, mesh: Mesh) -> Decoder:
     dtype = compute_dtype(config, mesh.device)
     with torch.device("meta"):
         model = Decoder(config.model)
+    if config.train.nano_batches == 2:
+        with torch.device("meta"):
+            model.use_ping_pong()
     if mesh.all_ranks is not None and (mesh.world > 1 or dtype != torch.float32):
         _shard(model, mesh, dtype)
     model.to_empty(device=mesh.device)
     model.init_weights(config.train.seed)
-    mode = config.train.activation_checkpointing
+    if config.model.init_from:
+        load_weights(model, config.model.init_from)
+    recompute_blocks(model, config.train.activation_checkpointing)
+    return model
+
+
+def recompute_blocks(model: Decoder, mode: str) -> None:
+    """Activation checkpointing of every block, as ``train.activation_checkpointing`` says."""
     if mode != "none":
         contexts = {"context_fn": checkpoint_contexts} if mode == "selective" else {}
         model.set_block_runner(functools.partial(checkpoint, use_reentrant=False, **contexts))
-    return model
 
 
 def _shard(model: Decoder, mesh: Mesh, dtype: torch.dtype) -> None:
     policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
-    for block in model.blocks:
-        fully_shard(block, mesh=mesh.all_ranks, mp_policy=policy)
-    fully_shard(model, mesh=mesh.all_ranks, mp_policy=policy)
+    units = model.blocks if model.ping_pong is None else model.ping_pong.phases
+    for unit in units:
+        fully_shard(unit, mesh=mesh.all_ranks, mp_policy=policy)
+    # Weights of a phase are reached through the blocks too, where they are nobody's.
+    taken = {parameter for unit in units for parameter in unit.parameters()}
+    fully_shard(model, mesh=mesh.all_ranks, mp_policy=policy, ignored_params=taken)
     for module in model.modules():
         if isinstance(module, FSDPModule):
             module.set_gradient_divide_factor(1.0)
             module.set_force_sum_reduction_for_comms(True)  # gloo has no scaled sum
-    for method in ("loss", "token_losses"):
+    for method in ("loss", "nano_loss", "token_losses"):
         register_fsdp_forward_method(model, method)

@@ -10,11 +10,12 @@ from a checkpoint goes on as if it had never stopped.
 
 from __future__ import annotations
 
+import functools
 import math
 import signal
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
@@ -28,24 +29,27 @@ from distattn.errors import DataError, TrainingError
 from distattn.launchers.supervise import HANG, Failure, Journal
 from distattn.launchers.watchdog import Watchdog
 from distattn.parallel.agreement import current_waits
-from distattn.training.batches import MicroBatch, make_batch, make_plan, step_indices
+from distattn.training.batches import (
+    MicroBatch,
+    NanoMicroBatch,
+    make_batch,
+    make_nano_batch,
+    make_nano_batches,
+    make_plan,
+    plan_ahead,
+    step_indices,
+)
 from distattn.training.checkpoint import CheckpointManager
+from distattn.training.engine import build_engine
 from distattn.training.evaluate import EvaluationLog, evaluate, held_out_sequences
+from distattn.training.look_ahead import MAX_AHEAD, STEPS_AHEAD, LookAhead
 from distattn.training.mesh import Mesh
 from distattn.training.metrics import peak_flops, peak_memory_bytes, utilisation
-from distattn.training.optimizer import (
-    build_optimizer,
-    clip_gradients,
-    gradient_square_sum,
-    learning_rate,
-    set_learning_rate,
-    set_update_count,
-    training_state,
-)
+from distattn.training.optimizer import learning_rate
 from distattn.training.plots import draw_losses
 from distattn.training.progress import Reporter
 from distattn.training.run_dir import RunDir
-from distattn.training.sharding import build_model, compute_dtype
+from distattn.training.sharding import compute_dtype
 
 
 class StopRequest:
@@ -88,10 +92,8 @@ class Trainer:
 
     def __init__(self, config: Config, run: RunDir, mesh: Mesh, cache: TokenCache, stop: StopRequest) -> None:
         self.config, self.run_dir, self.mesh, self.cache, self.stop = config, run, mesh, cache, stop
-        self.model = build_model(config, mesh)
-        self.parameters = list(self.model.parameters())
-        self.optimizer = build_optimizer(config.optim, self.model)
-        self.tensors = training_state(self.model, self.optimizer)
+        self.engine = build_engine(config, mesh)
+        self.model = self.engine.model
         self.stream = PackedStream(cache, "train", config.data.seq_len, config.train.seed)
         self.held_out = held_out_sequences(config, cache)
         self.peak_flops = peak_flops(mesh.device, compute_dtype(config, mesh.device))
@@ -126,10 +128,12 @@ class Trainer:
         self.reporter = Reporter(
             self.config.train.steps, self.step, interval_seconds=self.config.log.interval_seconds, quiet=not leads
         )
+        self.look_ahead = LookAhead(functools.partial(plan_ahead, self.config, self.mesh))
         try:
             with self.watchdog:
                 return self._run()
         finally:
+            self.look_ahead.close()
             self.reporter.close()
             if self.metrics is not None:
                 self.metrics.close()
@@ -173,29 +177,24 @@ class Trainer:
         began = time.perf_counter()
         beat(f"step {step}, reading its sequences")
         indices = step_indices(step, config.train.global_batch, mesh)
-        batches = [make_batch(config, mesh, self.stream.sequence(i)) for i in indices]
+        make = make_batch if config.train.nano_batches == 1 else make_nano_batch
+        self.look_ahead.settle(indices)
+        batches = [make(config, mesh, self.stream.sequence(i)) for i in indices]
+        self._plan_ahead(step)
         agreed = self._agree(batches)
         if agreed.stop:
             return None
         loss_sum = torch.zeros((), dtype=torch.float64, device=mesh.device)
         for number, batch in enumerate(batches, 1):
             beat(f"step {step}, forward of sequence {number} of {len(batches)}")
-            loss, _ = self.model.loss(
-                batch.tokens, batch.positions, batch.labels, batch.plan, chunk_tokens=config.train.loss_chunk_tokens
-            )
+            loss = batch.loss(self.model, config.train.loss_chunk_tokens)
             beat(f"step {step}, backward of sequence {number} of {len(batches)}")
-            (loss / agreed.num_labels).backward()
+            self.engine.backward(loss / agreed.num_labels)
             loss_sum += loss.detach().double()
         beat(f"step {step}, sums over all ranks and the update")
-        sums = torch.stack([loss_sum, gradient_square_sum(self.parameters, mesh.device)])
-        loss_sum, square_sum = mesh.sum(sums).tolist()
-        loss, norm = loss_sum / agreed.num_labels, math.sqrt(square_sum)
-        self._require_finite(step, loss, norm)
         rate = learning_rate(config.optim, step, config.train.steps)
-        set_learning_rate(self.optimizer, rate)
-        clip_gradients(self.parameters, norm, config.optim.clip_norm)
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
+        total, norm = self.engine.update(loss_sum, rate, functools.partial(self._require_finite, step))
+        loss = total / agreed.num_labels
         peak_memory = int(mesh.max(torch.tensor(peak_memory_bytes(mesh.device))).item())
         seconds = time.perf_counter() - began
         tokens = config.train.global_batch * config.data.seq_len
@@ -213,7 +212,14 @@ class Trainer:
             "num_labels": agreed.num_labels,
         }
 
-    def _agree(self, batches: list[MicroBatch]) -> Agreed:
+    def _plan_ahead(self, step: int) -> None:
+        """Begin with the plans of the steps after this one, as far as the cache of plans has room for them."""
+        config = self.config
+        for later in range(step + 1, min(step + STEPS_AHEAD, config.train.steps) + 1):
+            indices = step_indices(later, config.train.global_batch, self.mesh)
+            self.look_ahead.expect((i, self.stream.sequence(i)) for i in indices[:MAX_AHEAD])
+
+    def _agree(self, batches: Sequence[MicroBatch | NanoMicroBatch]) -> Agreed:
         own = [sum(b.num_labels for b in batches), sum(b.flops for b in batches), float(self.stop.received)]
         num_labels, flops, stops = self.mesh.sum(torch.tensor(own, dtype=torch.float64)).tolist()
         return Agreed(max(int(num_labels), 1), flops, stops > 0)
@@ -247,17 +253,16 @@ class Trainer:
             "ranks": self.mesh.world,
         }
         self.watchdog.beat(f"step {self.step}, copy for its checkpoint")
-        self.checkpoints.save(self.step, self.tensors, meta)
+        self.checkpoints.save(self.step, self.engine.state(), meta)
         self.saved_step = self.step
 
     def _resume(self) -> int:
         """Load the newest checkpoint, if there is one; the number of steps that are done."""
-        restored = self.checkpoints.load(self.tensors)
+        restored = self.engine.restore(self.checkpoints.load)
         if restored is None:
             return 0
         self.remarks += restored.skipped
         self.remarks.append(f"resuming after step {restored.step}")
-        set_update_count(self.optimizer, restored.step)
         return restored.step
 
     def _require_same_data(self) -> None:
@@ -288,6 +293,8 @@ class Trainer:
             reason = draw_losses(self.run_dir.picture, self.run_dir.read_metrics(), self.evaluations.records)
             self.reporter.say(reason or f"drew {self.run_dir.picture}")
         self.run_dir.mark_finished(self.step)
+        if self.look_ahead.made:
+            self.reporter.say(self.look_ahead.describe())
         self.reporter.say(f"finished: {self.step} steps are done, in {self.run_dir.path}")
 
     def _introduce(self) -> None:
@@ -302,6 +309,7 @@ class Trainer:
             f"(data {mesh.data} × context {mesh.context}); {self.cache.num_tokens:,} tokens of text"
         )
         first = step_indices(self.step + 1, config.train.global_batch, mesh)[0]
-        schedule = make_plan(config, mesh, self.stream.sequence(first))  # collective: on every rank
+        make = make_plan if config.train.nano_batches == 1 else make_nano_batches
+        schedule = make(config, mesh, self.stream.sequence(first))  # collective: on every rank
         if mesh.rank == 0:
             self.reporter.say("attention of the first sequence:\n  " + schedule.describe().replace("\n", "\n  "))

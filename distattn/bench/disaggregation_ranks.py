@@ -1,0 +1,278 @@
+"""What a rank of ``distattn bench disaggregation`` does: every cell in turn, in one set of processes.
+
+    python -m distattn.bench.disaggregation_ranks SETTINGS.json       (started by the command, once a rank)
+
+A step is the forward and backward of the model's layers over the rank's rows, as the trainer does them, with weights that
+every rank holds whole: no update, no sum of gradients, nothing that is alike for all engines. All ranks begin it together; it
+has ended when the slowest has. A second measurement of the same step leaves its transfers out: their cost is the difference.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import gc
+import json
+import os
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from distattn.bench.disaggregation_cases import SHAPES, Engine, RefusedError, make_engine, make_lengths
+from distattn.bench.disaggregation_report import slowest
+from distattn.bench.record import Record
+from distattn.errors import LayoutError, PlanError
+from distattn.launchers.environment import init_from_environment
+from distattn.mask import Mask
+from distattn.models import Decoder, ModelConfig
+from distattn.models.decoder import Attention
+from distattn.parallel.transport.base import Message
+from distattn.pingpong import NanoBatches, cut_in_two
+from distattn.planning import Plan, plan
+
+TRANSFER_TIMEOUT_S = 30.0
+MIN_REPEATS, MAX_REPEATS = 2, 20
+MAX_ERROR = 5e-2
+"""Relative difference (Frobenius) of a gradient from the first engine's at which a cell counts as wrong."""
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Of a run; the command writes them as JSON. cells: (tokens a rank, mix, engine); deadline: time.time() after which no
+    further cell begins."""
+
+    results: str
+    environment: dict[str, Any]
+    device: str
+    shape: str
+    kernel: str
+    layers: int
+    cells: list[tuple[int, str, str]]
+    seconds: float
+    deadline: float
+
+
+class _Arrived:
+    """A transfer that was left out."""
+
+    def wait(self) -> None:
+        pass
+
+
+class SilentTransport:
+    """Sends nothing: what would arrive is filled with ordinary numbers, for kernels to be as fast as on real ones."""
+
+    def __init__(self, like: Any, device: torch.device, dtype: torch.dtype) -> None:
+        self.takes_parts, self.board = like.takes_parts, like.board
+        self.num_transfers = self.bytes_sent = 0
+        self._pattern = torch.empty(0, dtype=torch.uint8, device=device)
+        self._dtype = dtype
+
+    def post(self, message: Message) -> _Arrived:
+        size = message.receive.numel()
+        if len(self._pattern) < size:
+            numbers = torch.randn(-(-size // self._dtype.itemsize), device=self._pattern.device, dtype=self._dtype)
+            self._pattern = numbers.view(torch.uint8)
+        message.receive.copy_(self._pattern[:size])
+        return _Arrived()
+
+
+@dataclass(eq=False)
+class Batch:
+    """This rank's rows: tokens, labels int64 [1, n], positions int64 [n] of each nano-batch."""
+
+    nano: NanoBatches
+    tokens: list[Tensor]
+    labels: list[Tensor]
+    positions: list[Tensor]
+
+
+class Runner:
+    """One rank: its peers, its model, and how it takes times."""
+
+    def __init__(self, settings: Settings) -> None:
+        self.settings = settings
+        self.rank, self.num_ranks = init_from_environment(settings.device, timeout_s=2 * TRANSFER_TIMEOUT_S)
+        self.cuda = settings.device == "cuda"
+        self.device = torch.device("cuda", torch.cuda.current_device()) if self.cuda else torch.device("cpu")
+        self.dtype = torch.bfloat16 if self.cuda else torch.float32
+        self.shape: ModelConfig = dataclasses.replace(SHAPES[settings.shape], num_layers=settings.layers)
+        hosts = dist.new_group(backend="gloo", timeout=timedelta(seconds=4 * TRANSFER_TIMEOUT_S))
+        assert isinstance(hosts, dist.ProcessGroup)
+        self.hosts = hosts
+        with self.device:
+            self.model = Decoder(self.shape).to(self.dtype)
+        self.model.use_ping_pong()
+        self.model.set_block_runner(functools.partial(checkpoint, use_reentrant=False))
+
+    def everyone(self, value: Any) -> list[Any]:
+        found: list[Any] = [None] * self.num_ranks
+        dist.all_gather_object(found, value, group=self.hosts)
+        return found
+
+    def plan(self, engine: Engine, mask: Mask) -> NanoBatches:
+        group = dist.group.WORLD
+        arguments: dict[str, Any] = {
+            "heads": self.shape.num_heads, "kv_heads": self.shape.num_kv_heads, "head_dim": self.shape.head_dim, "group": group,
+            "strategy": engine.strategy, "options": engine.options, "dtype": self.dtype, "timeout_s": TRANSFER_TIMEOUT_S,
+            "kernel": self.settings.kernel, "transport": "collective",
+            "backward": "keep" if engine.name.endswith("keep") else "resend",
+        }  # fmt: skip
+        if engine.halves:
+            return cut_in_two(mask, **arguments)
+        return NanoBatches.of(plan(mask, layout=engine.layout, **arguments))
+
+    def batch(self, nano: NanoBatches, lengths: list[int]) -> Batch:
+        starts = np.repeat(np.cumsum(lengths) - lengths, lengths)
+        stream = torch.randint(0, self.shape.vocab_size, (sum(lengths) + 1,), generator=torch.Generator().manual_seed(0))
+        batch = Batch(nano, [], [], [])
+        for rows in nano.positions:
+            batch.tokens.append(stream[rows][None].to(self.device))
+            batch.labels.append(stream[rows + 1][None].to(self.device))
+            batch.positions.append((rows - torch.from_numpy(starts)[rows]).to(self.device))
+        return batch
+
+    def step(self, batch: Batch) -> None:
+        self.model.zero_grad(set_to_none=True)
+        loss, _ = self.model.nano_loss(batch.tokens, batch.positions, batch.labels, batch.nano)
+        loss.backward()
+
+    def checked_step(self, batch: Batch) -> Tensor:
+        """Gradient of the first layer's V projection, summed over ranks: what came through every layer's attention."""
+        self.step(batch)
+        mixer = self.model.blocks[0].attention
+        assert isinstance(mixer, Attention)
+        assert mixer.v.weight.grad is not None
+        total = mixer.v.weight.grad.float()
+        dist.all_reduce(total)
+        return total
+
+    def timed(self, call: Callable[[], object]) -> float:
+        """Seconds from when all ranks begin until this one has ended."""
+        if self.cuda:
+            torch.cuda.synchronize()
+        dist.barrier(self.hosts)
+        begin = time.perf_counter()
+        call()
+        if self.cuda:
+            torch.cuda.synchronize()
+        return time.perf_counter() - begin
+
+    def repeat(self, call: Callable[[], object]) -> list[list[float]]:
+        """Seconds of each rank in each repeat, as many as fill the time; ``checked_step`` was the warm-up."""
+        times = [self.timed(call)]
+        repeats = int(self.settings.seconds / max(*self.everyone(times[0]), 1e-4))
+        times += [self.timed(call) for _ in range(min(max(repeats, MIN_REPEATS), MAX_REPEATS) - 1)]
+        return self.everyone(times)
+
+    def measure(self, tokens: int, mix: str, name: str) -> dict[str, Any]:
+        """One cell; raises RefusedError where the engine cannot hold the mix."""
+        lengths = make_lengths(mix, self.num_ranks, tokens)
+        mask = Mask.documents(lengths)
+        began = time.perf_counter()
+        try:
+            nano = self.plan(make_engine(name, lengths, self.num_ranks, tokens, self.shape), mask)
+        except (PlanError, LayoutError) as error:
+            raise RefusedError(str(error)) from error
+        for made in nano.plans:
+            _ = made.lowered, made.lowered_backward
+        plan_seconds = time.perf_counter() - began
+        batch = self.batch(nano, lengths)
+        sent = _bytes_sent(nano)
+        gradient = self.checked_step(batch)
+        sent = _bytes_sent(nano) - sent
+        wanted = self._gradients.setdefault((tokens, mix), gradient)
+        error = ((gradient - wanted).norm() / wanted.norm()).item()
+        if self.cuda:
+            torch.cuda.reset_peak_memory_stats()
+        seconds = self.repeat(lambda: self.step(batch))
+        peak = torch.cuda.max_memory_allocated() if self.cuda else 0
+        # Where nothing is sent there is nothing to leave out.
+        silent = self.repeat(lambda: self.step(self.silenced(batch))) if max(self.everyone(sent)) else seconds
+        return {
+            "seconds": seconds,
+            "silent_seconds": silent,
+            "error": error,
+            "wrong": not error <= MAX_ERROR,
+            "rows": self.everyone([len(rows) for rows in nano.positions]),
+            "bytes_sent": self.everyone(sent),
+            "peak_memory_bytes": max(self.everyone(peak)),
+            "plan_seconds": max(self.everyone(plan_seconds)),
+            "documents": len(lengths),
+            "longest": max(lengths),
+        }
+
+    def silenced(self, batch: Batch) -> Batch:
+        plans = tuple(self._silent_plan(made) for made in batch.nano.plans)
+        return dataclasses.replace(batch, nano=dataclasses.replace(batch.nano, plans=plans))
+
+    def _silent_plan(self, made: Plan) -> Plan:
+        if made not in self._silent:
+            silent: Any = SilentTransport(made.transport, self.device, self.dtype)
+            self._silent[made] = dataclasses.replace(made, transport=silent)
+        return self._silent[made]
+
+    @functools.cached_property
+    def _gradients(self) -> dict[tuple[int, str], Tensor]:
+        """By case, of the first engine that was measured here."""
+        return {}
+
+    @functools.cached_property
+    def _silent(self) -> dict[Plan, Plan]:
+        return {}
+
+
+def _bytes_sent(nano: NanoBatches) -> int:
+    return sum(made.transport.bytes_sent for made in nano.plans if made.transport is not None)
+
+
+def run(settings: Settings) -> None:
+    """Every cell that the results lack, until the deadline."""
+    runner = Runner(settings)
+    record = Record(Path(settings.results), settings.environment)
+    for tokens, mix, name in settings.cells:
+        case = f"{tokens}|{mix}"
+        if max(runner.everyone(time.time())) > settings.deadline:
+            break
+        if f"{case}|{name}" in record:
+            continue
+        try:
+            cell = runner.measure(tokens, mix, name)
+        except RefusedError as error:
+            cell = {"refused": str(error)}
+        runner._silent.clear()
+        gc.collect()
+        if runner.cuda:
+            torch.cuda.empty_cache()
+        if runner.rank == 0:
+            record.add(f"{case}|{name}", cell)
+            print(f"{case}|{name}: {_line(cell)}", flush=True)
+
+
+def _line(cell: dict[str, Any]) -> str:
+    if "refused" in cell:
+        return cell["refused"]
+    silent = 1e3 * slowest(cell["silent_seconds"])
+    return f"{1e3 * slowest(cell['seconds']):.1f} ms, {silent:.1f} without transfers, error {cell['error']:.1e}"
+
+
+def main() -> None:
+    settings = Settings(**json.loads(Path(sys.argv[1]).read_text()))
+    run(settings)
+    sys.stdout.flush()
+    # A group whose collectives hang would keep its destructors waiting.
+    os._exit(0)
+
+
+if __name__ == "__main__":
+    main()

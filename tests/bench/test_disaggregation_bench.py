@@ -1,0 +1,131 @@
+"""``distattn bench disaggregation``: its cases and table without ranks, and a whole run on 2 ranks with gloo."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from distattn.bench.disaggregation import app, choose_cells
+from distattn.bench.disaggregation_cases import (
+    MIXES,
+    SHAPES,
+    WLB_TOKENS,
+    RefusedError,
+    document_work,
+    engine_names,
+    make_engine,
+    make_lengths,
+)
+from distattn.bench.disaggregation_report import best_wlb, exposed, imbalance, plot, speedups, table
+from distattn.errors import ConfigError
+from distattn.mask import Mask
+from distattn.parallel.layout import area_per_rank
+
+
+@pytest.mark.parametrize("mix", MIXES)
+@pytest.mark.parametrize("ranks", [2, 4])
+def test_every_engine_holds_every_row_or_says_why_not(mix: str, ranks: int) -> None:
+    lengths = make_lengths(mix, ranks, 4096)
+    assert sum(lengths) == ranks * 4096
+    for name in engine_names(ranks):
+        degree = int(name.removeprefix("wlb_cp")) if name.startswith("wlb_cp") else 1
+        room = {"data_parallel": 4096, "wlb": WLB_TOKENS * 4096 * degree}.get(name.split("_cp")[0], np.inf)
+        if max(lengths) > room:
+            with pytest.raises(RefusedError, match=f"a document of {max(lengths):,} tokens"):
+                make_engine(name, lengths, ranks, 4096, SHAPES["8b"])
+            continue
+        engine = make_engine(name, lengths, ranks, 4096, SHAPES["8b"])
+        if engine.layout is not None:
+            assert engine.layout.counts.sum() == sum(lengths)
+        if name.startswith("wlb_cp"):
+            assert engine.layout is not None
+            groups = engine.layout.counts.reshape(-1, degree).sum(1)
+            assert groups.max() <= WLB_TOKENS * sum(lengths) / len(groups)
+
+
+def test_packing_by_work_evens_out_work_and_not_tokens() -> None:
+    lengths = [16384, *[256] * 320]
+    work, rows = {}, {}
+    for name in ("data_parallel", "wlb_cp1"):
+        layout = make_engine(name, lengths, 4, 25600, SHAPES["8b"]).layout
+        assert layout is not None
+        attention = 4 * 4096 * area_per_rank(Mask.documents(lengths), layout)
+        work[name] = attention + layout.counts * (document_work(1, SHAPES["8b"]) - 4 * 4096)
+        rows[name] = layout.counts
+    assert np.ptp(rows["data_parallel"]) <= 256
+    assert work["wlb_cp1"].max() < work["data_parallel"].max()
+    assert np.ptp(rows["wlb_cp1"]) > 256
+
+
+def test_groups_keep_their_documents() -> None:
+    layout = make_engine("wlb_cp2", [4096, 4096, 4096, 4096], 4, 4096, SHAPES["8b"]).layout
+    assert layout is not None
+    for pair in (0, 2):
+        rows = np.sort(np.concatenate([layout.rows(pair), layout.rows(pair + 1)]))
+        assert len(np.unique(rows // 4096)) == 2
+
+
+def test_options_that_are_wrong_are_named() -> None:
+    for arguments, message in (
+        (("1", "", "", 2), "--tokens is '1'"),
+        (("64", "even", "", 2), "unknown mix 'even': choose from uniform, wlb, "),
+        (("64", "", "magic", 2), "--engines has 'magic': for 2 ranks choose from disaggregated_ping_pong, "),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            choose_cells(*arguments)
+    assert choose_cells("64,128", "giant", "ring", 2) == [(64, "giant", "ring"), (128, "giant", "ring")]
+
+
+def cell(seconds: float, silent: tuple[float, float], *, wrong: bool = False) -> dict[str, Any]:
+    return {
+        "seconds": [[seconds] * 3, [seconds / 2] * 3], "silent_seconds": [[silent[0]] * 3, [silent[1]] * 3], "rows": [[8], [8]],
+        "bytes_sent": [5, 6], "peak_memory_bytes": 7, "error": 0.0, "wrong": wrong,
+    }  # fmt: skip
+
+
+def test_the_table_compares_slowest_ranks(tmp_path: Path) -> None:
+    cells = {
+        "64|giant|disaggregated_ping_pong": cell(2.0, (1.5, 0.5)),
+        "64|giant|disaggregated": cell(3.0, (1.5, 1.5)),
+        "64|giant|wlb_cp1": cell(8.0, (8.0, 4.0)),
+        "64|giant|wlb_cp2": cell(5.0, (5.0, 5.0)),
+        "64|giant|ring": cell(1.0, (1.0, 1.0), wrong=True),
+        "64|giant|data_parallel": {"refused": "too long"},
+    }
+    assert exposed(cells["64|giant|disaggregated_ping_pong"]) == 0.5
+    assert imbalance(cells["64|giant|disaggregated_ping_pong"]) == 1.5
+    assert speedups(cells, "64|giant") == {"disaggregated": 1.5, "wlb_cp1": 4.0, "wlb_cp2": 2.5}
+    assert best_wlb(cells, "64|giant") == "wlb_cp2"
+    text = table(cells)
+    assert text.splitlines()[-1].endswith("step time over that of disaggregated_ping_pong: disaggregated 1.50, wlb_cp2 2.50")
+    assert "too long" in text
+    assert "WRONG" in text
+    plot(cells, {"ranks": 2, "device": "cpu", "layers": 2, "shape": "tiny"}, tmp_path / "steps.png")
+    assert (tmp_path / "steps.png").stat().st_size > 10_000
+
+
+@pytest.mark.timeout(200)
+def test_a_run_on_two_ranks_measures_and_checks(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    results = tmp_path / "results.json"
+    command = [
+        sys.executable, "-m", "distattn", "bench", "disaggregation", "--json", str(results), "--ranks", "2", "--tokens", "96",
+        "--mixes", "long_and_short", "--seconds", "0.01", "--device", "cpu", "--kernel", "reference",
+    ]  # fmt: skip
+    done = subprocess.run(command, capture_output=True, text=True, timeout=180, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    cells = json.loads(results.read_text())["results"]
+    assert [key.split("|")[2] for key in cells] == engine_names(2)
+    assert max(found["error"] for found in cells.values()) < 1e-4
+    for name, found in cells.items():
+        assert (max(found["bytes_sent"]) > 0) == (name.split("|")[2] not in ("data_parallel", "wlb_cp1")), name
+    kept, sent_again = (max(cells[f"96|long_and_short|disaggregated_ping_pong{x}"]["bytes_sent"]) for x in ("_keep", ""))
+    assert kept < sent_again
+    with pytest.raises(SystemExit, match="0"):
+        app(["--json", str(results), "--only-report"])
+    assert capsys.readouterr().out in done.stdout
