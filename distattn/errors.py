@@ -3,6 +3,8 @@
 Every message says what was given, what is allowed and what to change. ``assert`` is kept for our own invariants.
 """
 
+from __future__ import annotations
+
 
 class DistattnError(Exception):
     """Base of every error that distattn raises on purpose."""
@@ -33,7 +35,20 @@ class VerifyError(DistattnError, ValueError):
 
 
 class UnsupportedError(DistattnError, ValueError):
-    """A case that no installed kernel or transport supports; the message lists each one's reason."""
+    """A case that no installed kernel or transport supports; the message lists each one's reason.
+
+    Integrations give it in parts: the feature, the plan (or integration) that does not support it, the reason, and the
+    alternative that the user has.
+    """
+
+    def __init__(self, feature: str, plan: str = "", reason: str = "", alternative: str = "") -> None:
+        self.feature, self.plan, self.reason, self.alternative = feature, plan, reason, alternative
+        message = f"{feature} is not supported by {plan}: {reason}; {alternative}" if plan else feature
+        super().__init__(message)
+
+    def __reduce__(self) -> tuple[type[UnsupportedError], tuple[str, str, str, str]]:
+        # The message is made of the parts: what travels between processes are these.
+        return type(self), (self.feature, self.plan, self.reason, self.alternative)
 
 
 class InputError(DistattnError, ValueError):
