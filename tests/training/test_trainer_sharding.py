@@ -32,7 +32,7 @@ def train(rank: int, config: Config) -> tuple[Losses, Parameters, list[float | N
     trainer = Trainer(config, run, mesh, open_cache(config.data), StopRequest())
     assert trainer.run()
     whole: Parameters = {}
-    for name, tensor in trainer.tensors.items():
+    for name, tensor in trainer.engine.state().items():
         if name.startswith("model."):
             full = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
             whole[name] = full.detach().numpy().copy()
