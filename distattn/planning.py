@@ -23,14 +23,17 @@ from distattn.kernels.selection import rates_here
 from distattn.mask import Mask
 from distattn.parallel.agreement import board_of
 from distattn.parallel.backward import derive_backward
-from distattn.parallel.cost import Shape, attend_areas, count
+from distattn.parallel.cost import attend_areas
 from distattn.parallel.hardware import Hardware, find_hardware, hardware_here
+from distattn.parallel.keep import check_mode, choose_mode
 from distattn.parallel.layout import Layout
 from distattn.parallel.lowering import HOME_KV, HOME_Q, Lowered, lower
 from distattn.parallel.program import ATTEND_H0, ATTEND_H1, ATTEND_Q, SLOT_RANK, Program, check_heads
 from distattn.parallel.schedulers import find_scheduler
 from distattn.parallel.schedulers.auto import choose_layout, choose_strategy, default_options, describe_degrees
+from distattn.parallel.transport.choice import choose_transport, make_transport
 from distattn.parallel.transport.collective import Collective, group_device
+from distattn.plan_description import describe
 from distattn.row_gather import GatherRows
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
@@ -41,8 +44,9 @@ _CACHE_SIZE = 64
 class Plan:
     """A schedule for one mask, shape and group, on this rank. Made by ``plan``; compares by identity.
 
-    dtype: of the inputs, or None for any. reasons: why each automatic choice fell as it did. reduce_dtype: in which sums of
-    gradients travel, None for fp32 (fp64).
+    dtype: of the inputs, or None for any. reasons: why each automatic choice fell as it did. options: of the strategy, as
+    planned. reduce_dtype: in which sums of gradients travel, None for fp32 (fp64). keep: what a rank receives in the forward
+    stays until the backward.
     """
 
     mask: Mask
@@ -64,6 +68,8 @@ class Plan:
     handle: int
     reduce_dtype: torch.dtype | None = None
     sparse: BlockPlan | None = None
+    options: Any = None
+    keep: bool = False
 
     @property
     def num_ranks(self) -> int:
@@ -86,8 +92,8 @@ class Plan:
 
     @cached_property
     def backward_program(self) -> Program:
-        """Derived from ``program``; keys and values are sent again rather than kept."""
-        return derive_backward(self.program, ranks_per_node=self.hardware.ranks_per_node)
+        """Derived from ``program``."""
+        return derive_backward(self.program, keep=self.keep, ranks_per_node=self.hardware.ranks_per_node)
 
     @cached_property
     def positions(self) -> Tensor:
@@ -101,7 +107,7 @@ class Plan:
 
     @cached_property
     def lowered(self) -> Lowered:
-        return lower(self.program, self.mask, self.rank)
+        return lower(self.program, self.mask, self.rank, keep=self.keep)
 
     @cached_property
     def lowered_backward(self) -> Lowered:
@@ -131,10 +137,10 @@ class Plan:
     def backend(self, case: Case) -> Backend:
         """The kernel that computes a case; raises UnsupportedError where none does."""
         if case not in self._backends:
-            self._backends[case] = choose_backend(case, self.kernel, self._tables(case))[0]
+            self._backends[case] = choose_backend(case, self.kernel, self.tables(case))[0]
         return self._backends[case]
 
-    def _tables(self, case: Case) -> list[np.ndarray]:
+    def tables(self, case: Case) -> list[np.ndarray]:
         """Tiles of each kernel call of one forward pass, by which the kernel is chosen.
 
         They are those of the rank that computes most, on every rank: what one's backward needs travels on the wire, so that
@@ -197,40 +203,7 @@ class Plan:
 
     def describe(self) -> str:
         """What was planned and why, in lines: mask, layout, strategy, kernel, and each rank's work and bytes."""
-        device = "cpu" if self.group is None else group_device(self.group).type
-        if self.group is None and torch.cuda.is_available():
-            device = "cuda"
-        dtype = self.dtype or (torch.bfloat16 if device == "cuda" else torch.float32)
-        case = Case(device, dtype, self.head_dim, self.value_dim, self.heads, self.kv_heads, deterministic=self.deterministic)
-        try:
-            backend, why = choose_backend(case, self.kernel, self._tables(case))
-            kernel = f"{backend.name} ({why})"
-        except UnsupportedError as error:
-            kernel = f"none: {error}"
-        name = _dtype_name(dtype)
-        cost = count(self.program, self.mask, Shape(self.head_dim, self.value_dim, name))
-        sent, work = cost.bytes_sent_per_rank / 1e6, cost.flops_per_rank / 1e9
-        mask = self.mask
-        lines = {
-            "mask": f"{mask.num_queries} × {mask.num_keys}, {mask.area} pairs in {len(mask.bands)} bands",
-            "layout": f"{self.layout.name} over {self.num_ranks} ranks ({self.reasons['layout']})",
-            "keys": "" if self.program.keys is None else f"{self.program.keys.name} over {self.num_ranks} ranks",
-            "strategy": f"{self.strategy} ({self.reasons['strategy']})",
-            "kernel": kernel,
-            "shape": f"{self.heads}:{self.kv_heads} heads of {self.head_dim} (values {self.value_dim}), {name} on {device}",
-            "stages": f"{self.program.num_stages} forward, {self.backward_program.num_stages} backward",
-            "sent": f"{_per_rank(sent)} MB a rank, forward, batch 1",
-            "candidates": self.reasons.get("candidates", ""),
-            "work": f"{_per_rank(work)} GFLOP a rank, forward, batch 1; imbalance {cost.imbalance:.3f} (max/mean)",
-        }
-        shown = ((word, line) for word, text in lines.items() for line in text.splitlines())
-        return "\n".join(f"{word:10} {line}" for word, line in shown)
-
-
-def _per_rank(values: np.ndarray) -> str:
-    if len(values) > 8:
-        return f"{values.min():.4g} to {values.max():.4g}"
-    return ", ".join(f"{x:.4g}" for x in values.tolist())
+        return describe(self)
 
 
 @dataclass(frozen=True)
@@ -254,6 +227,9 @@ class _Request:
     options: Any
     timeout_s: float | None
     reduce_dtype: torch.dtype | None
+    transport: str
+    backward: str
+    keep_bytes: int | None
 
     def summary(self) -> str:
         """Equal exactly if the requests are: compared over ranks, key of the cache, and shown where ranks disagree."""
@@ -286,6 +262,10 @@ def plan(
     options: Any = None,
     timeout_s: float | None = None,
     reduce_dtype: torch.dtype | None = None,
+    transport: str = "auto",
+    backward: str = "resend",
+    keep_bytes: int | None = None,
+    ahead: bool = False,
 ) -> Plan:
     """Plan attention under ``mask`` over the ranks of ``group``. Collective, but waits for no rank; cached by value.
 
@@ -297,6 +277,10 @@ def plan(
     sparse: a plan of blocks that attend, on one rank alone: pairs of other blocks are left out, of those of the mask.
     options: the strategy's own dataclass. timeout_s: longest wait for a transfer, default the group's timeout. reduce_dtype:
     torch.bfloat16 halves the bytes of gradient sums on the wire at a loss of accuracy; None: fp32 (fp64 for fp64 inputs).
+    transport: "collective" (NCCL, gloo), "symmetric" (copies between the memories of one node's GPUs), or "auto", which takes
+    the latter where ``distattn bench calibrate`` found it faster here. backward: "resend" sends q, k and v again, "keep" has
+    ranks keep what they received, "auto" keeps where that is at most keep_bytes on every rank, for one call of batch 1. ahead:
+    not collective, for another thread: leave the plan, lowered, for a later call without it, which the ranks compare.
 
     Raises PlanError, LayoutError or UnsupportedError naming the argument, and AgreementError where ranks of the group
     passed different arguments.
@@ -305,6 +289,7 @@ def plan(
         raise PlanError(
             f"mask must be a distattn.Mask, got {type(mask).__name__}; make one with Mask.causal(n) or its siblings"
         )
+    chosen, why = ("", "") if group is None else choose_transport(group, transport)
     request = _Request(
         mask=mask,
         heads=heads,
@@ -323,9 +308,12 @@ def plan(
         options=options,
         timeout_s=timeout_s,
         reduce_dtype=reduce_dtype,
+        transport=chosen,
+        backward=backward,
+        keep_bytes=keep_bytes,
     )
     inputs = request.summary()
-    if group is not None:
+    if group is not None and not ahead:
         board_of(group).agree(inputs)
     _check(request)
     cache = _cache_of(group)
@@ -333,7 +321,9 @@ def plan(
         if inputs in cache:
             cache.move_to_end(inputs)
             return cache[inputs]
-    made = _make(request, group)
+    made = _make(request, group, why)
+    if ahead:
+        _ = made.lowered, made.lowered_backward
     with _lock:
         _plans[made.handle] = made
         cache[inputs] = made
@@ -369,10 +359,15 @@ def _hardware(topology: Hardware | str | None, group: dist.ProcessGroup | None) 
     return hardware_here(on_gpu=on_gpu)
 
 
-def _make(request: _Request, group: dist.ProcessGroup | None) -> Plan:
+def _make(request: _Request, group: dist.ProcessGroup | None, why_transport: str) -> Plan:
     """Plan what was checked and is not in the cache."""
     hardware = _hardware(request.topology, group)
-    strategy, layout, program, reasons = _schedule(request, hardware)
+    strategy, options, layout, program, reasons = _schedule(request, hardware)
+    keep, why_keep = choose_mode(
+        program, request.backward, request.keep_bytes, head_dim=request.head_dim, value_dim=request.value_dim,
+        element_bytes=(request.dtype or torch.bfloat16).itemsize,
+    )  # fmt: skip
+    reasons |= {"backward": why_keep}
     return Plan(
         mask=request.mask,
         layout=layout,
@@ -387,17 +382,19 @@ def _make(request: _Request, group: dist.ProcessGroup | None) -> Plan:
         deterministic=request.deterministic,
         rank=0 if group is None else dist.get_rank(group),
         group=group,
-        transport=None if group is None else Collective(group, timeout_s=request.timeout_s),
+        transport=None if group is None else make_transport(group, request.transport, request.timeout_s),
         hardware=hardware,
-        reasons=reasons,
+        reasons=reasons if group is None else reasons | {"transport": f"{request.transport} ({why_transport})"},
         handle=next(_handles),
         reduce_dtype=request.reduce_dtype,
         sparse=request.sparse,
+        options=options,
+        keep=keep,
     )
 
 
-def _schedule(r: _Request, hardware: Hardware) -> tuple[str, Layout, Program, dict[str, str]]:
-    """(strategy, layout, program, why each was chosen)."""
+def _schedule(r: _Request, hardware: Hardware) -> tuple[str, Any, Layout, Program, dict[str, str]]:
+    """(strategy, its options, layout, program, why each was chosen)."""
     given = "given by the caller"
     key_layout = r.key_layout
     if key_layout is None and r.mask.num_queries != r.mask.num_keys:
@@ -416,7 +413,7 @@ def _schedule(r: _Request, hardware: Hardware) -> tuple[str, Layout, Program, di
             key_layout=key_layout,
         )
         reasons = {"layout": choice.layout_reason, "strategy": choice.reason, "candidates": choice.table}
-        return choice.strategy, choice.layout, choice.program, reasons
+        return choice.strategy, choice.options, choice.layout, choice.program, reasons
     options = r.options or default_options(r.strategy, r.heads, r.kv_heads, r.num_ranks, hardware)
     layout, why = r.layout, given
     if layout is None:
@@ -424,7 +421,7 @@ def _schedule(r: _Request, hardware: Hardware) -> tuple[str, Layout, Program, di
         layout, why = placed.layout, placed.reason
     program = find_scheduler(r.strategy).plan(r.mask, layout, r.heads, r.kv_heads, options, key_layout)
     degrees = describe_degrees(r.strategy, options, r.heads, r.num_ranks)
-    return r.strategy, layout, program, {"layout": why, "strategy": f"{given}; {degrees}"}
+    return r.strategy, options, layout, program, {"layout": why, "strategy": f"{given}; {degrees}"}
 
 
 def _check(r: _Request) -> None:
@@ -449,6 +446,7 @@ def _check(r: _Request) -> None:
         raise UnsupportedError(f"dtype={r.dtype} is not supported; use one of {', '.join(map(str, DTYPES))}")
     if r.reduce_dtype not in (None, torch.bfloat16, torch.float32):
         raise UnsupportedError(f"reduce_dtype={r.reduce_dtype} is not supported; use None, torch.float32 or torch.bfloat16")
+    check_mode(r.backward, r.keep_bytes)
     if r.timeout_s is not None and r.timeout_s <= 0:
         raise PlanError(f"timeout_s must be positive, got {r.timeout_s}")
     _check_strategy(r)

@@ -25,12 +25,14 @@ ALLOWED = {
     "parallel": {"errors", "bands", "calibration", "mask", "kernels"},
     "launchers": {"errors"},
     "data": {"errors"},
-    "planning": {"errors", "bands", "mask", "kernels", "parallel", "row_gather"},
+    "plan_description": {"errors", "kernels", "parallel", "planning"},
+    "planning": {"errors", "bands", "mask", "kernels", "parallel", "row_gather", "plan_description"},
     "attention": {"errors", "bands", "mask", "kernels", "parallel", "planning"},
     "linear_planning": {"errors", "kernels", "parallel"},
     "linear": {"errors", "kernels", "parallel", "linear_planning"},
     "short_convolution": {"errors", "parallel", "linear_planning"},
-    "models": {"errors", "mask", "planning", "attention", "linear", "short_convolution"},
+    "pingpong": {"errors", "mask", "parallel", "planning", "attention"},
+    "models": {"errors", "mask", "planning", "attention", "linear", "short_convolution", "pingpong"},
     "testing": {"errors", "launchers"},
 }
 

@@ -25,6 +25,8 @@ import distattn
 from distattn.calibration import LinkRate, device_name, load_calibration
 from distattn.launchers.environment import init_from_environment, joined_by_environment
 from distattn.launchers.local import launch_local
+from distattn.parallel.transport.base import Message
+from distattn.parallel.transport.symmetric import Symmetric, why_not
 
 SIZES = tuple(1 << power for power in range(16, 29, 2))
 """Bytes that a rank sends in one operation."""
@@ -63,6 +65,9 @@ def measure_links(ranks_per_node: int, device: torch.device) -> list[LinkRate]:
     if inside > 1:
         for operation, post in (("ring", _ring_in_node), ("all_to_all", _all_to_all_in_node)):
             found.append(_rate("inside", operation, inside, post(ranks_per_node), device))
+        group = dist.group.WORLD
+        if isinstance(group, dist.ProcessGroup) and why_not(group) is None:
+            found.append(_rate("inside", "symmetric", inside, _symmetric_ring(group), device))
     if num_ranks > ranks_per_node:
         found.append(_rate("between", "ring", num_ranks, _shift(ranks_per_node), device))
         found.append(_rate("between", "all_to_all", num_ranks, _all_to_all(None), device))
@@ -78,6 +83,22 @@ def _ring_in_node(ranks_per_node: int) -> Post:
     rank, size = dist.get_rank(), min(ranks_per_node, dist.get_world_size())
     first, place = rank // size * size, rank % size
     return _splits(first + (place + 1) % size, first + (place - 1) % size)
+
+
+def _symmetric_ring(group: dist.ProcessGroup) -> Post:
+    """To the next rank, packed into symmetric memory and read from there."""
+    rank, num_ranks = dist.get_rank(), dist.get_world_size()
+    transport = Symmetric(group)
+
+    def post(send: torch.Tensor, receive: torch.Tensor) -> None:
+        splits = [send.numel() if peer == (rank + 1) % num_ranks else 0 for peer in range(num_ranks)]
+        (route,) = transport.routes(send.numel(), [splits])
+        staged = transport.staging(route)
+        staged.copy_(send)
+        arriving = [receive.numel() if peer == (rank - 1) % num_ranks else 0 for peer in range(num_ranks)]
+        transport.post(Message(0, 1, staged, receive, splits, arriving, lambda: "", route=route)).wait()
+
+    return post
 
 
 def _shift(distance: int) -> Post:

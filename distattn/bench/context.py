@@ -22,8 +22,9 @@ import typer
 import distattn
 from distattn.bench.context_cases import Case, check_mask, longca_cases, target_cases
 from distattn.bench.context_peers import PEERS
-from distattn.bench.context_predict import add_predictions
-from distattn.bench.context_report import IDEAL, Report, plot, table
+from distattn.bench.context_predict import add_forecasts, add_predictions
+from distattn.bench.context_ranks import Job
+from distattn.bench.context_report import IDEAL, Report, markdown, plot, table
 from distattn.bench.masks import LONGCA_MASKS
 from distattn.bench.record import environment
 from distattn.calibration import load_calibration
@@ -31,8 +32,12 @@ from distattn.errors import ConfigError
 from distattn.launchers.local import launch_local
 from distattn.parallel.hardware import Hardware, calibrated, hardware_here
 from distattn.parallel.schedulers import SCHEDULERS
+from distattn.parallel.transport.choice import TRANSPORTS
 
 QUICK_MASKS = ("causal", "causal_document", "sliding_window_causal", "share_question")
+ENGINE_WORDS = (*TRANSPORTS, "keep")
+"""What may follow a strategy's name, after a plus: its transport, and that received keys are kept for the backward."""
+
 _MAX_RESTARTS = 20
 _SETS = ("all", "longca", "targets")
 
@@ -41,51 +46,107 @@ app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
 @app.command()
 def context_command(
-    json_path: Annotated[Path, typer.Option("--json", help="Results; cells found there are not run again.")],
-    ranks: Annotated[int | None, typer.Option(help="Ranks on this machine (default: its GPUs, or 2).")] = None,
+    json_path: Annotated[
+        Path, typer.Option("--json", help="Results; cells found there are not run again. FILE-xP.json for several --ranks.")
+    ],
+    ranks: Annotated[str, typer.Option(help="Ranks on this machine, such as 4 or 1,2,4 (default: its GPUs, or 2).")] = "",
     cases: Annotated[str, typer.Option(help=f"Which shapes: {', '.join(_SETS)}.")] = "all",
     masks: Annotated[str, typer.Option(help="Masks, comma-separated (default: all of the set).")] = "",
     tokens: Annotated[str, typer.Option(help="LongCA-bench's tokens a rank, comma-separated.")] = "8192,65536",
     heads: Annotated[str, typer.Option(help="Other heads, such as 16:4:64 for 16 query and 4 KV heads of 64.")] = "",
-    engines: Annotated[str, typer.Option(help="Strategies and peers, comma-separated (default: all).")] = "",
+    engines: Annotated[
+        str, typer.Option(help="Strategies and peers, comma-separated (default: all); also ring+symmetric, ring+keep.")
+    ] = "",
+    last: Annotated[str, typer.Option(help="Of those, the ones that come when all others have all cells.")] = "",
     kernel: Annotated[str, typer.Option(help="Kernel of ours, for the ideal too.")] = "auto",
     quick: Annotated[bool, typer.Option("--quick", help="Four masks, the shorter length, and the targets.")] = False,
     seconds: Annotated[float, typer.Option(help="Of repeats for each cell.")] = 0.5,
     time_limit: Annotated[float, typer.Option(help="Seconds after which no further cell begins.")] = 1e9,
-    profile: Annotated[bool, typer.Option(help="Keep where each cell's device time goes, too.")] = False,
+    cell_seconds: Annotated[float, typer.Option(help="Seconds after which a cell counts as failed.")] = 180.0,
+    profile: Annotated[bool, typer.Option(help="Keep where the device's time goes in short cells, too.")] = False,
     device: Annotated[str, typer.Option(help="cuda or cpu (default: what there is).")] = "",
     calibration: Annotated[Path | None, typer.Option(help="What predictions rest on (default: this machine's).")] = None,
     only_predict: Annotated[bool, typer.Option("--only-predict", help="Measure nothing: predict the cells there are.")] = False,
+    only_forecast: Annotated[
+        bool, typer.Option("--forecast", help="Measure nothing: predict the chosen cells from --calibration alone.")
+    ] = False,
+    as_markdown: Annotated[bool, typer.Option("--markdown", help="Measure nothing: print what there is for a page.")] = False,
     commit: Annotated[str, typer.Option(help="Commit to record where the checkout is no git repository.")] = "",
     plot_path: Annotated[Path | None, typer.Option("--plot", help="Draw the shares of the ideal to FILE.png.")] = None,
 ) -> None:
     """Time context-parallel attention, ours and its peers; exits with 1 if a result of ours is wrong or failed."""
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    ranks = ranks or (torch.cuda.device_count() if device == "cuda" else 2)
-    chosen = choose_cases(cases, masks, tokens, heads, ranks, quick=quick)
-    if only_predict:
-        report = Report.read(json_path)
-        add_predictions(report, chosen, predicted_hardware(calibration, device))
-        print(table(report))
+    sizes = choose_ranks(ranks, device)
+    names, late = choose_engines(engines), [name for name in choose_engines(last) if last]
+    chosen = {size: choose_cases(cases, masks, tokens, heads, size, quick=quick) for size in sizes}
+    if only_forecast:
+        for size, path in report_paths(json_path, sizes).items():
+            report = Report.begin(path, {**environment(commit), "ranks": size, "kernel": kernel, "device_type": device})
+            add_forecasts(report, chosen[size], names, predicted_hardware(calibration, device))
         return
-    settings = {
-        "results": str(json_path.resolve()),
-        "device": device,
-        "cases": [asdict(case) for case in chosen],
-        "engines": choose_engines(engines),
-        "kernel": kernel,
-        "seconds": seconds,
-        "deadline": time.time() + time_limit,
-        "profile": profile,
-    }
-    report = Report.begin(json_path.resolve(), {**environment(commit), "ranks": ranks, "kernel": kernel, "device_type": device})
-    report = launch(report, settings, ranks)
-    add_predictions(report, chosen, predicted_hardware(calibration, device))
-    print(table(report))
-    if plot_path is not None:
-        plot(report, plot_path)
-    ours = [cell for key, cell in report.results.items() if key.split("|")[1] not in PEERS]
-    raise typer.Exit(1 if any("failed" in cell or cell.get("wrong") for cell in ours) else 0)
+    if as_markdown:
+        print("\n\n".join(markdown(Report.read(path)) for path in report_paths(json_path, sizes).values()))
+        return
+    if not only_predict:
+        reports = {
+            size: Report.begin(path, {**environment(commit), "ranks": size, "kernel": kernel, "device_type": device})
+            for size, path in report_paths(json_path.resolve(), sizes).items()
+        }
+        jobs = make_jobs(chosen, reports, names, late)
+        settings = {
+            "jobs": [asdict(job) for job in jobs],
+            "notes": str(json_path.resolve()),
+            "device": device,
+            "kernel": kernel,
+            "seconds": seconds,
+            "deadline": time.time() + time_limit,
+            "cell_seconds": cell_seconds,
+            "profile": profile,
+        }
+        launch(list(reports.values()), settings, max(sizes))
+    failed = False
+    for size, path in report_paths(json_path, sizes).items():
+        report = Report.read(path)
+        add_predictions(report, chosen[size], predicted_hardware(calibration, device))
+        print(table(report))
+        if plot_path is not None:
+            plot(report, report_paths(plot_path, sizes)[size])
+        ours = [cell for key, cell in report.results.items() if key.split("|")[1] not in PEERS]
+        failed = failed or any("failed" in cell or cell.get("wrong") for cell in ours)
+    raise typer.Exit(1 if failed and not only_predict else 0)
+
+
+def choose_ranks(text: str, device: str) -> list[int]:
+    """Numbers of ranks, each of which divides the largest: groups of them measure at once."""
+    if not text:
+        return [torch.cuda.device_count() if device == "cuda" else 2]
+    sizes = sorted(set(_numbers("--ranks", text, ",")))
+    odd = [size for size in sizes if sizes[-1] % size]
+    if odd:
+        raise ConfigError(f"--ranks is {text!r}: {odd[0]} does not divide {sizes[-1]}, the ranks that are started")
+    return sizes
+
+
+def report_paths(path: Path, sizes: list[int]) -> dict[int, Path]:
+    """A file for each number of ranks: the one that was named, or beside it FILE-xP."""
+    if len(sizes) == 1:
+        return {sizes[0]: path}
+    return {size: path.with_name(f"{path.stem}-x{size}{path.suffix}") for size in sizes}
+
+
+def make_jobs(chosen: dict[int, list[Case]], reports: dict[int, Report], names: list[str], late: list[str]) -> list[Job]:
+    """Cases in their order, each on the most ranks first, so that what a run leaves undone at its end matters least.
+
+    One rank has the ideal and nothing else: every schedule is the same there.
+    """
+    jobs = []
+    for engines in ([name for name in names if name not in late], [name for name in names if name in late]):
+        for i in range(max(map(len, chosen.values())) if engines else 0):
+            for size in sorted(chosen, reverse=True):
+                if i < len(chosen[size]):
+                    wanted = engines if size > 1 else [IDEAL]
+                    jobs.append(Job(asdict(chosen[size][i]), size, wanted, str(reports[size].path)))
+    return jobs
 
 
 def predicted_hardware(path: Path | None, device: str) -> Hardware:
@@ -125,8 +186,11 @@ def choose_engines(names: str) -> list[str]:
     known = [*SCHEDULERS, "auto", *PEERS]
     chosen = [name for name in names.split(",") if name] or known
     for name in chosen:
-        if name not in (*known, IDEAL):
-            raise ConfigError(f"unknown engine {name!r}: choose from {', '.join(known)}")
+        strategy, *words = name.split("+")
+        theirs = strategy in (*PEERS, IDEAL)
+        if strategy not in (*known, IDEAL) or any(theirs or word not in ENGINE_WORDS for word in words):
+            endings = " or ".join(f"+{x}" for x in ENGINE_WORDS)
+            raise ConfigError(f"unknown engine {name!r}: choose from {', '.join(known)}; strategies may end in {endings}")
     return chosen
 
 
@@ -140,7 +204,7 @@ def _numbers(option: str, text: str, separator: str) -> list[int]:
     return numbers
 
 
-def launch(report: Report, settings: dict[str, Any], ranks: int) -> Report:
+def launch(reports: list[Report], settings: dict[str, Any], ranks: int) -> None:
     """Start the ranks; where a cell ends them, it counts as failed and new ones go on with the rest."""
     with tempfile.TemporaryDirectory(prefix="distattn-bench-") as folder:
         written = Path(folder) / "settings.json"
@@ -148,21 +212,22 @@ def launch(report: Report, settings: dict[str, Any], ranks: int) -> Report:
         argv = [sys.executable, "-m", "distattn.bench.context_ranks", str(written)]
         (Path(folder) / "path").mkdir()
         env = {"PYTHONPATH": _python_path(Path(folder) / "path")}
+        done = -1
         for _ in range(_MAX_RESTARTS):
-            before = len(report.results)
-            code = launch_local(argv, ranks, log_dir=Path(folder) / "logs", env=env)
-            report = Report.read(report.path)
+            code = launch_local(argv, ranks, log_dir=Path(folder) / "logs", env=env, stop_grace_s=10.0)
             if code == 0:
                 break
-            if report.running is not None:
-                report.results[report.running] = {"failed": _reason(report, ranks)}
-                report.running = None
-                report.save()
-            elif len(report.results) == before:
+            now = [Report.read(report.path) for report in reports]
+            for report in now:
+                if report.running is not None:
+                    report.results[report.running] = {"failed": _reason(settings["notes"], ranks)}
+                    report.running = None
+                    report.save()
+            before, done = done, sum(len(report.results) for report in now)
+            if before == done or time.time() > settings["deadline"]:
                 break
     for rank in range(ranks):
-        Path(f"{report.path}.rank-{rank}").unlink(missing_ok=True)
-    return report
+        Path(f"{settings['notes']}.rank-{rank}").unlink(missing_ok=True)
 
 
 def _python_path(folder: Path) -> str:
@@ -176,10 +241,10 @@ def _python_path(folder: Path) -> str:
     return os.pathsep.join([str(folder), *(entry for entry in known if Path(entry).resolve() != package.parent)])
 
 
-def _reason(report: Report, ranks: int) -> str:
+def _reason(notes: str, ranks: int) -> str:
     """What a rank wrote of its error before all of them ended."""
     for rank in range(ranks):
-        note = Path(f"{report.path}.rank-{rank}")
+        note = Path(f"{notes}.rank-{rank}")
         if note.exists():
             text = note.read_text()
             note.unlink()

@@ -35,7 +35,7 @@ class Refused(Exception):
 
 @dataclass(frozen=True)
 class Ranks:
-    """This rank and its peers. group: all ranks."""
+    """This rank and its peers, which are all ranks or some. group: theirs."""
 
     rank: int
     num_ranks: int
@@ -44,6 +44,8 @@ class Ranks:
 
     @cached_property
     def mesh(self) -> DeviceMesh:
+        if self.num_ranks < dist.get_world_size():
+            return DeviceMesh.from_group(self.group, self.device.type, mesh_dim_names=("cp",))
         return init_device_mesh(self.device.type, (self.num_ranks,), mesh_dim_names=("cp",))
 
     def shard(self, order: Tensor) -> Tensor:
@@ -168,7 +170,8 @@ def deepspeed_ulysses(case: Case, mask: Mask, ranks: Ranks) -> Engine:
     comm = _module("deepspeed.comm")
     if not comm.is_initialized():
         comm.init_distributed("nccl", auto_mpi_discovery=False, verbose=False)
-    inner = _sdpa(case, mask, ranks)
+    details: dict[str, Any] = {"layout": "contiguous"}
+    inner = _sdpa(case, mask, ranks, details)
 
     def local(q: Tensor, k: Tensor, v: Tensor, *_: Any, **__: Any) -> Tensor:
         return inner(*(x.transpose(1, 2) for x in (q, k, v))).transpose(1, 2).contiguous()
@@ -178,7 +181,7 @@ def deepspeed_ulysses(case: Case, mask: Mask, ranks: Ranks) -> Engine:
     def call(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         return distributed(q, k, v, 0)
 
-    return Engine(ranks.contiguous(case.tokens), False, call, {"layout": "contiguous"})
+    return Engine(ranks.contiguous(case.tokens), False, call, details)
 
 
 def ringmaster_ulysses(case: Case, mask: Mask, ranks: Ranks) -> Engine:
@@ -231,25 +234,40 @@ def _needs_dense_mask_that_fits(case: Case, what: str) -> None:
         raise Refused(f"gives SDPA {what} as a dense mask, which at {case.tokens} tokens is {case.tokens**2 / 1e9:.0f} GB")
 
 
-def _sdpa(case: Case, mask: Mask, ranks: Ranks) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
-    """torch's SDPA over whole sequences [B, H, S, D]; masks that it has no flag for become dense."""
+def _sdpa(case: Case, mask: Mask, ranks: Ranks, details: dict[str, Any]) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
+    """torch's SDPA over whole sequences [B, H, S, D]; masks that it has no flag for become dense.
+
+    details: gets the kernel that SDPA took.
+    """
     if case.mask in ("causal", "full"):
-        grouped = case.heads != case.kv_heads
-        return _by_fastest(partial(F.scaled_dot_product_attention, is_causal=case.mask == "causal", enable_gqa=grouped))
+        options = {"is_causal": case.mask == "causal", "enable_gqa": case.heads != case.kv_heads}
+        return _by_fastest(partial(F.scaled_dot_product_attention, **options), details=details, options=options)
     _needs_dense_mask_that_fits(case, "this mask")
     masked = partial(F.scaled_dot_product_attention, attn_mask=dense_mask(mask, ranks.device))
     group = case.heads // case.kv_heads
     # No fused kernel takes both a mask and grouped heads, and the one that is not fused needs S×S scores of every head.
-    return _by_fastest(lambda q, k, v: masked(q, *(x.repeat_interleave(group, 1) for x in (k, v))))
+    return _by_fastest(lambda q, k, v: masked(q, *(x.repeat_interleave(group, 1) for x in (k, v))), masked=True)
 
 
-def _by_fastest(attend: Callable[..., Any]) -> Callable[..., Any]:
-    """SDPA with its kernels in the order of their speed on Hopper, whatever was preferred before."""
-    order = [SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
+_FUSED = [SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION]
 
-    def call(*args: Any, **options: Any) -> Any:
+
+def _by_fastest(
+    attend: Callable[..., Any], *, masked: bool = False, details: dict[str, Any] | None = None,
+    options: Mapping[str, Any] | None = None,
+) -> Callable[..., Any]:  # fmt: skip
+    """SDPA with its kernels in the order of their speed on Hopper, whatever was preferred before. Without a dense mask only the
+    fused ones are allowed: a cell where SDPA would fall to another is an error, and says nothing of the peer.
+
+    details, options: where the kernel is noted that SDPA takes with these keywords.
+    """
+    order = [*_FUSED, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH] if masked else _FUSED
+
+    def call(*args: Any, **keywords: Any) -> Any:
         with sdpa_kernel(order, set_priority=True):
-            return attend(*args, **options)
+            if details is not None and "sdpa" not in details and args[0].is_cuda:
+                details["sdpa"] = SDPBackend(torch._fused_sdp_choice(*args, **(options or {}))).name
+            return attend(*args, **keywords)
 
     return call
 

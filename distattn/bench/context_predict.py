@@ -14,9 +14,10 @@ from distattn.mask import Mask
 from distattn.parallel.backward import derive_backward
 from distattn.parallel.hardware import Hardware
 from distattn.parallel.kernel_time import Price
+from distattn.parallel.program import Program
 from distattn.parallel.schedulers import SCHEDULERS
-from distattn.parallel.schedulers.auto import choose_layout, default_options
-from distattn.parallel.simulate import Prediction, predict
+from distattn.parallel.schedulers.auto import choose_layout, choose_strategy, default_options, layouts_for, option_label
+from distattn.parallel.simulate import Prediction, predict, total_seconds
 
 Prices = tuple[Price | None, Price | None]
 
@@ -37,7 +38,7 @@ class Predicted:
 
     @property
     def seconds(self) -> float:
-        return self.forward.seconds + self.backward.seconds
+        return total_seconds(self.forward, self.backward)
 
     @property
     def ideal_seconds(self) -> float:
@@ -63,16 +64,38 @@ def predict_case(
 
     Raises PlanError where it cannot split the heads.
     """
+    return predict_program(_default_program(case, mask, strategy, ranks, hardware), case, mask, hardware, prices)
+
+
+def predict_program(
+    program: Program, case: Case, mask: Mask, hardware: Hardware, prices: Prices = (None, None), *, keep: bool = False
+) -> Predicted:
+    """A forward program, and the backward that follows from it. keep: received keys and values are kept for it."""
+    backward = derive_backward(program, keep=keep, ranks_per_node=hardware.ranks_per_node)
+    both = (predict(p, mask, hardware, case.head_dim, price=price) for p, price in zip((program, backward), prices))
+    return Predicted(program.layout.name, *both)
+
+
+def _default_program(case: Case, mask: Mask, strategy: str, ranks: int, hardware: Hardware) -> Program:
     scheduler = SCHEDULERS[strategy]
     reason = scheduler.why_not(case.heads, ranks)
     if reason:
         raise PlanError(reason)
     options = default_options(strategy, case.heads, case.kv_heads, ranks, hardware)
     layout = choose_layout(mask, ranks, strategy, heads=case.heads, options=options).layout
-    forward = scheduler.plan(mask, layout, case.heads, case.kv_heads, options)
-    backward = derive_backward(forward, ranks_per_node=hardware.ranks_per_node)
-    both = (predict(p, mask, hardware, case.head_dim, price=price) for p, price in zip((forward, backward), prices))
-    return Predicted(layout.name, *both)
+    return scheduler.plan(mask, layout, case.heads, case.kv_heads, options)
+
+
+def find_program(digest: str, case: Case, mask: Mask, strategy: str, ranks: int, hardware: Hardware) -> Program | None:
+    """The program with this digest among those that a plan with this strategy, or ``auto``, may have taken."""
+    scheduler = SCHEDULERS[strategy]
+    for options in scheduler.variants(case.heads, case.kv_heads, ranks, hardware.ranks_per_node):
+        groups = scheduler.groups(options, case.heads, ranks)
+        for layout in layouts_for(mask, ranks, groups):
+            program = scheduler.plan(mask, layout, case.heads, case.kv_heads, options)
+            if program.digest == digest:
+                return program
+    return None
 
 
 def prices_of(ideal: dict[str, Any], case: Case, mask: Mask, hardware: Hardware) -> Prices:
@@ -100,7 +123,48 @@ def add_predictions(report: Report, cases: list[Case], hardware: Hardware) -> No
         for engine in report.engines():
             cell = report.cell(case.name, engine)
             if engine not in PEERS and engine != IDEAL and "total_ms" in cell:
-                found = predict_case(case, mask, cell["details"]["strategy"], ranks, hardware, prices)
-                cell["predicted_ms"] = 1e3 * found.seconds
+                details = cell["details"]
+                program = find_program(details["program"], case, mask, details["strategy"], ranks, hardware)
+                if program is not None:
+                    found = predict_program(program, case, mask, hardware, prices, keep="keep" in engine.split("+"))
+                    cell["predicted_ms"] = 1e3 * found.seconds
     report.environment["predicted_for"] = hardware.name
     report.save()
+
+
+def add_forecasts(report: Report, cases: list[Case], engines: list[str], hardware: Hardware) -> None:
+    """What the hardware's rates alone say of cells that nobody has measured: ``forecast_ms`` and its parts, by schedule."""
+    ranks = int(report.environment["ranks"])
+    report.environment["hardware"] = repr(hardware)
+    for case in cases:
+        mask = case.build()
+        for engine in engines:
+            key = f"{case.name}|{engine}"
+            if engine.partition("+")[0] not in (*SCHEDULERS, "auto") or key in report.results:
+                continue
+            try:
+                report.results[key] = _forecast(case, mask, engine, ranks, hardware)
+            except PlanError as error:
+                report.results[key] = {"refused": str(error)}
+            report.save()
+
+
+def _forecast(case: Case, mask: Mask, engine: str, ranks: int, hardware: Hardware) -> dict[str, Any]:
+    engine, *words = engine.split("+")
+    if engine == "auto":
+        chosen = choose_strategy(mask, ranks, case.heads, case.kv_heads, head_dim=case.head_dim, hardware=hardware)
+        label, program = option_label(chosen.strategy, chosen.options), chosen.program
+    else:
+        label, program = engine, _default_program(case, mask, engine, ranks, hardware)
+    found = predict_program(program, case, mask, hardware, keep="keep" in words)
+    return {
+        "strategy": label,
+        "program": program.digest,
+        "layout": found.layout,
+        "forecast_ms": 1e3 * found.seconds,
+        "ideal_ms": 1e3 * found.ideal_seconds,
+        "exposed_ms": 1e3 * found.exposed_seconds,
+        "efficiency": found.efficiency,
+        "imbalance": found.forward.cost.imbalance,
+        "peak_memory_bytes": found.peak_memory_bytes,
+    }

@@ -10,13 +10,16 @@ from torch.profiler import ProfilerActivity, profile
 
 _TRANSFERS = ("nccl", "memcpy ptop", "symm", "signal")
 _LONGEST_NAMES = 12
+LONG_PAUSE_US = 500.0
+"""Shorter spins are head starts of transfers, inside the call."""
 
 
 def profile_call(call: Callable[[], object]) -> dict[str, Any]:
     """Run ``call`` once under torch's profiler on this rank's GPU.
 
     Returns milliseconds: span (first to last activity), computing, transferring, overlapped (both), idle (neither); kernels:
-    the names that took longest, with milliseconds and calls; timeline: (start ms, ms, name) of everything over 20 µs.
+    the names that took longest, with milliseconds and calls; timeline: (start ms, ms, name) of everything over 20 µs;
+    host_operators: those in which the host itself was longest, with milliseconds and calls.
     """
     torch.cuda.synchronize()
     with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as profiler:
@@ -28,9 +31,17 @@ def profile_call(call: Callable[[], object]) -> dict[str, Any]:
         if event.device_type == torch.autograd.DeviceType.CUDA
     ]
     spans.sort()
-    # What keeps the device busy until the host has run ahead is no part of the call.
-    pauses = [end for _, end, name in spans if "spin" in name]
-    return summarise([span for span in spans if span[0] >= max(pauses, default=0.0)])
+    # What keeps the device busy until the host has run ahead is no part of the call, nor is what came before it.
+    pauses = [end for begin, end, name in spans if "spin" in name and end - begin > LONG_PAUSE_US]
+    found = summarise([span for span in spans if span[0] >= max(pauses, default=0.0) and "spin" not in span[2]])
+    return found | {"host_operators": _host_operators(profiler)}
+
+
+def _host_operators(profiler: profile) -> dict[str, list[float]]:
+    """Where the host's time goes: operators that took longest themselves, with milliseconds and calls."""
+    averages = [(event.key[:80], event.self_cpu_time_total / 1e3, event.count) for event in profiler.key_averages()]
+    longest = sorted(averages, key=lambda entry: -entry[1])[:_LONGEST_NAMES]
+    return {name: [milliseconds, count] for name, milliseconds, count in longest}
 
 
 def summarise(spans: list[tuple[float, float, str]]) -> dict[str, Any]:

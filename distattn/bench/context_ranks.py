@@ -4,7 +4,7 @@
 
 A repeat begins with a barrier of the devices behind a pause of some milliseconds, so that the host runs ahead as it does in
 the middle of a training step; every implementation and the ideal are timed alike. Each result is compared with that of one
-device.
+device. Where a cell takes fewer ranks than there are, groups of ranks do the same at once, and the slowest counts.
 """
 
 from __future__ import annotations
@@ -15,8 +15,11 @@ import math
 import os
 import statistics
 import sys
+import threading
 import time
-from dataclasses import dataclass
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -46,6 +49,13 @@ MIN_REPEATS, MAX_REPEATS = 3, 100
 TRANSFER_TIMEOUT_S = 60.0
 PAUSE_CYCLES = 6_000_000
 FLUSH_BYTES = 256 << 20
+PROFILED_MS = 40.0
+"""Calls of ours up to this long are profiled: launches and waits only count in those."""
+
+IDEAL_FLOPS = 5e14
+"""Where one device has more than this to do in a call, forward and backward, it does a share of the heads, which counts for
+all of them: heads are independent, and one of them fills a device at such lengths."""
+
 _NO_MORE = ("CUDA error", "NCCL", "TransportError")
 """In an error's text: what leaves the process unfit for another cell."""
 
@@ -53,28 +63,43 @@ NAMES = ("out", "dq", "dk", "dv")
 
 
 @dataclass(frozen=True)
-class Settings:
-    """Of a run; the command writes them as JSON. deadline: time.time() after which no further cell begins."""
+class Job:
+    """Cells of one case on ``ranks`` ranks: those of ``engines`` that ``results`` lacks."""
 
-    results: str
-    device: str
-    cases: list[dict[str, Any]]
+    case: dict[str, Any]
+    ranks: int
     engines: list[str]
+    results: str
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Of a run; the command writes them as JSON. jobs: fields of Job, in the order in which they are done.
+
+    notes: a path; rank R writes what ended its cell to NOTES.rank-R. deadline: time.time() after which no further cell begins.
+    cell_seconds: after so long a cell counts as failed.
+    """
+
+    jobs: list[dict[str, Any]]
+    notes: str
+    device: str
     kernel: str
     seconds: float
     deadline: float
+    cell_seconds: float
     profile: bool = False
 
 
 @dataclass(eq=False)
 class Data:
     """Global tensors of one case, alike on every rank: q, do [1, S, H, D]; k, v [1, S, Hk, D]; and what one device makes of
-    them: out, dq, dk, dv."""
+    them: out, dq, dk, dv, of all heads or the first ones. ideal: the cell of that."""
 
     case: Case
     mask: Mask
     inputs: tuple[Tensor, Tensor, Tensor, Tensor]
     wanted: tuple[Tensor, ...] | None = None
+    ideal: dict[str, Any] | None = None
 
 
 def make_data(case: Case, device: torch.device, dtype: torch.dtype) -> Data:
@@ -87,7 +112,7 @@ def make_data(case: Case, device: torch.device, dtype: torch.dtype) -> Data:
 
 
 class Runner:
-    """One rank: its peers, its devices, and how it takes times."""
+    """One rank: its peers, its devices, and how it takes times. ``ranks``: those of the job at hand."""
 
     def __init__(self, settings: Settings) -> None:
         self.settings = settings
@@ -95,29 +120,43 @@ class Runner:
         self.cuda = settings.device == "cuda"
         self.device = torch.device("cuda", torch.cuda.current_device()) if self.cuda else torch.device("cpu")
         self.dtype = torch.bfloat16 if self.cuda else torch.float32
-        group = dist.group.WORLD
-        assert isinstance(group, dist.ProcessGroup)
-        self.ranks = Ranks(rank, num_ranks, self.device, group)
+        self.rank, self.num_ranks = rank, num_ranks
+        self.groups = {size: self._group(size) for size in sorted({job["ranks"] for job in settings.jobs} | {num_ranks})}
+        self.ranks = self.groups[num_ranks]
         # Of hosts alone, so that ranks can speak of errors while the devices' group is stuck.
         hosts = dist.new_group(backend="gloo", timeout=timedelta(seconds=TRANSFER_TIMEOUT_S))
         assert isinstance(hosts, dist.ProcessGroup)
         self.hosts = hosts
         self.flush = torch.empty(FLUSH_BYTES if self.cuda else 0, dtype=torch.uint8, device=self.device)
         self.meet = torch.zeros(1, device=self.device)
+        self.host_ms: list[float] = []
+
+    def _group(self, size: int) -> Ranks:
+        """This rank's among the groups of ``size`` neighbours; every rank makes all of them."""
+        group = dist.group.WORLD
+        assert isinstance(group, dist.ProcessGroup)
+        if 1 < size < self.num_ranks:  # what one rank does alone needs no group
+            made = [dist.new_group(list(range(first, first + size))) for first in range(0, self.num_ranks, size)]
+            group = made[self.rank // size]
+            assert isinstance(group, dist.ProcessGroup)
+        return Ranks(self.rank % size, size, self.device, group)
 
     def everyone(self, value: Any) -> list[Any]:
-        found: list[Any] = [None] * self.ranks.num_ranks
+        found: list[Any] = [None] * self.num_ranks
         dist.all_gather_object(found, value, group=self.hosts)
         return found
 
-    def own(self, strategy: str, case: Case, mask: Mask) -> Engine:
-        """A strategy of ours, or the ideal: the same attention on one device."""
-        group = None if strategy == IDEAL else self.ranks.group
+    def own(self, name: str, case: Case, mask: Mask) -> Engine:
+        """A strategy of ours, its transport and "keep" each after a plus; or the ideal: the same attention on one device."""
+        strategy, *words = name.split("+")
+        transport = next((word for word in words if word != "keep"), "auto")
+        group = None if strategy == IDEAL or self.ranks.num_ranks == 1 else self.ranks.group
         try:
             made = plan(
                 mask, heads=case.heads, kv_heads=case.kv_heads, head_dim=case.head_dim, group=group, dtype=self.dtype,
                 strategy="ring" if strategy == IDEAL else strategy, kernel=self.settings.kernel,
-                timeout_s=None if group is None else TRANSFER_TIMEOUT_S,
+                timeout_s=None if group is None else TRANSFER_TIMEOUT_S, transport=transport,
+                backward="keep" if "keep" in words else "resend",
             )  # fmt: skip
         except (PlanError, LayoutError, MaskError, UnsupportedError) as error:
             raise Refused(str(error)) from error
@@ -129,6 +168,8 @@ class Runner:
         kernel = KernelCase(self.device.type, self.dtype, case.head_dim, case.head_dim, case.heads, case.kv_heads)
         return {
             "strategy": made.strategy,
+            "transport": made.reasons.get("transport"),
+            "backward": made.backward_program.digest,
             "layout": made.layout.name,
             "kernel": made.backend(kernel).name,
             "program": made.program.digest,
@@ -156,20 +197,25 @@ class Runner:
         torch.cuda.synchronize()
         torch.cuda._sleep(PAUSE_CYCLES)
         dist.all_reduce(self.meet)
+        began = time.perf_counter()
         begin.record()
         out = engine.call(q, k, v)
         middle.record()
         found = (out.detach(), *torch.autograd.grad(out, (q, k, v), do))
         end.record()
+        self.host_ms.append(1e3 * (time.perf_counter() - began))
         torch.cuda.synchronize()
         return (begin.elapsed_time(middle), middle.elapsed_time(end), begin.elapsed_time(end)), found
 
     def measure(self, name: str, data: Data) -> dict[str, Any]:
         """One cell; raises Refused, or whatever the implementation raises."""
-        engine = self.engine(name, data)
+        parts = ideal_parts(data) if name == IDEAL else 1
+        engine = self.own(IDEAL, part_of(data.case, parts), data.mask) if name == IDEAL else self.engine(name, data)
+        if name == IDEAL:
+            engine.details["heads_measured"] = data.case.heads // parts
         try:
             positions = engine.positions.to(self.device)
-            local = [x.index_select(1, positions) for x in data.inputs]
+            local = [x[:, :, : x.shape[2] // parts].index_select(1, positions) for x in data.inputs]
             if engine.heads_first:
                 local = [x.transpose(1, 2).contiguous() for x in local]
             q, k, v = (x.requires_grad_() for x in local[:3])
@@ -186,12 +232,22 @@ class Runner:
             errors = self._errors(name, data, positions, found)
             del found
             peak = torch.cuda.max_memory_allocated() - before if self.cuda else 0
+            self.host_ms.clear()
             times = self._repeat(engine, q, k, v, local[3])
-            if self.settings.profile and self.cuda:
+            if self.host_ms:
+                # Where it is longer than the device's time and the pause before it, the host was what took so long.
+                engine.details["host_ms"] = max(self.everyone(statistics.median(self.host_ms)))
+            if self._profiles(name, times):
                 engine.details["profile"] = profile_call(lambda: self.once(engine, q, k, v, local[3]))
         finally:
             engine.close()
-        return self._cell(data, engine.details, times, errors, peak, first_call_s)
+        times = [(parts * forward, parts * backward, parts * total) for forward, backward, total in times]
+        return self._cell(name, data, engine.details, times, errors, peak, first_call_s)
+
+    def _profiles(self, name: str, times: list[tuple[float, float, float]]) -> bool:
+        """Whether a profile is wanted of this cell, decided alike on every rank."""
+        wanted = self.settings.profile and self.cuda and name not in PEERS
+        return wanted and max(self.everyone(statistics.median(t[2] for t in times))) < PROFILED_MS
 
     def _repeat(self, engine: Engine, q: Tensor, k: Tensor, v: Tensor, do: Tensor) -> list[tuple[float, float, float]]:
         """After the first call: the other warm-ups, then as many repeats as fill the seconds, alike on every rank."""
@@ -209,18 +265,19 @@ class Runner:
         if data.wanted is None:
             return {}
         return {
-            label: relative(got, wanted.index_select(1, positions))
+            label: relative(got[:, :, : wanted.shape[2]], wanted.index_select(1, positions))
             for label, got, wanted in zip(NAMES, found, data.wanted, strict=True)
         }
 
     def _cell(
-        self, data: Data, details: dict[str, Any], times: list[tuple[float, float, float]], errors: dict[str, float],
+        self, name: str, data: Data, details: dict[str, Any], times: list[tuple[float, float, float]], errors: dict[str, float],
         peak: int, first_call_s: float,
     ) -> dict[str, Any]:  # fmt: skip
         gathered = self.everyone((times, errors, peak))
         area = data.mask.area
         worst = {label: max(e.get(label, 0.0) for _, e, _ in gathered) for label in NAMES if label in errors}
         return {
+            "copies": self.num_ranks // (1 if name == IDEAL else self.ranks.num_ranks),
             "forward_ms": [[t[0] for t in r] for r, _, _ in gathered],
             "backward_ms": [[t[1] for t in r] for r, _, _ in gathered],
             "total_ms": [[t[2] for t in r] for r, _, _ in gathered],
@@ -234,8 +291,22 @@ class Runner:
         }
 
 
+def ideal_parts(data: Data) -> int:
+    """Into how many shares of the heads one device's work is cut, of which it does one."""
+    flops = sum(data.case.flops(data.mask.area, backward=backward) for backward in (False, True))
+    choices = [n for n in range(1, data.case.kv_heads + 1) if data.case.kv_heads % n == 0]
+    return next((n for n in choices if flops / n <= IDEAL_FLOPS), choices[-1])
+
+
+def part_of(case: Case, parts: int) -> Case:
+    """The same with a share of the heads."""
+    return replace(case, heads=case.heads // parts, kv_heads=case.kv_heads // parts)
+
+
 def relative(got: Tensor, wanted: Tensor) -> float:
-    return ((got.float() - wanted.float()).norm() / wanted.float().norm()).item()
+    """Frobenius norm of the difference over that of ``wanted``; 0 where both are nothing, as on a rank without rows."""
+    difference, norm = ((x.float()).norm().item() for x in (got.float() - wanted.float(), wanted))
+    return difference / norm if norm else (0.0 if difference == 0 else math.inf)
 
 
 def _errors_of_some_rows(data: Data) -> dict[str, float]:
@@ -243,11 +314,12 @@ def _errors_of_some_rows(data: Data) -> dict[str, float]:
     assert data.wanted is not None
     q, k, v, do = data.inputs
     n, group = data.case.tokens, data.case.heads // data.case.kv_heads
+    heads = data.wanted[0].shape[2]
     rows = torch.from_numpy(np.unique(np.concatenate([np.arange(n // 2, n // 2 + 32) % n, np.arange(max(0, n - 32), n)])))
     allowed = _allowed(data.mask, rows.numpy()).to(q.device)
     rows = rows.to(q.device)
     found_out, found_dq, want_out, want_dq = [], [], [], []
-    for h in range(data.case.heads):
+    for h in range(heads):
         qh, doh, kh, vh = (
             q[0, rows, h].float(),
             do[0, rows, h].float(),
@@ -278,40 +350,75 @@ def _allowed(mask: Mask, rows: np.ndarray) -> Tensor:
 def run(settings: Settings) -> int:
     """Every cell that the results lack. 0: done; 1: a cell left this process unfit, the command starts new ones."""
     runner = Runner(settings)
-    first = runner.ranks.rank == 0
-    report = Report.read(Path(settings.results))
-    for entry in settings.cases:
-        case = Case(**entry)
-        missing = [name for name in settings.engines if f"{case.name}|{name}" not in report.results]
+    data: Data | None = None
+    for job in (Job(**entry) for entry in settings.jobs):
+        case = Case(**job.case)
+        report = Report.read(Path(job.results))
+        missing = [name for name in job.engines if f"{case.name}|{name}" not in report.results]
         if not missing:
             continue
-        data: Data | None = None
+        runner.ranks = runner.groups[job.ranks]
+        if data is None or data.case != case:
+            del data
+            data = None
         # The others are compared with the ideal's results, which are not on disk.
         for name in dict.fromkeys([IDEAL, *missing]):
             if max(runner.everyone(time.time())) > settings.deadline:
                 return 0
-            key = f"{case.name}|{name}"
-            if first:
-                report.running = key
-                report.save()
             data = data or make_data(case, runner.device, runner.dtype)
-            cell, fit = _attempt(runner, report, name, data)
-            if first:
-                report.results[key] = cell
-                report.running = None
-                report.save()
-                print(f"{key}: {_line(cell)}", flush=True)
-            if not fit:
+            if not _cell(runner, report, name, data):
                 return 1
-        del data
     return 0
+
+
+def _cell(runner: Runner, report: Report, name: str, data: Data) -> bool:
+    """Measure a cell and write it down; whether further ones may run here."""
+    first, key = runner.rank == 0, f"{data.case.name}|{name}"
+    if name == IDEAL and data.ideal is not None:
+        cell, fit = data.ideal, True
+    else:
+        if first:
+            report.running = key
+            report.save()
+        with _limited(runner):
+            cell, fit = _attempt(runner, report, name, data)
+        data.ideal = cell if name == IDEAL else data.ideal
+    # Ranks but the first keep results in memory only: twins are looked up there.
+    report.results[key] = cell
+    if first:
+        report.running = None
+        report.save()
+        print(f"{runner.ranks.num_ranks} ranks, {key}: {_line(cell)}", flush=True)
+    return fit
+
+
+@contextmanager
+def _limited(runner: Runner) -> Iterator[None]:
+    """End this process if what is inside takes too long: a rank may wait in a collective that nobody else joins, where no
+    exception reaches it. The command then starts new ones."""
+
+    def expire() -> None:
+        _note(runner).write_text(f"took longer than {runner.settings.cell_seconds:g} s")
+        os._exit(1)
+
+    timer = threading.Timer(runner.settings.cell_seconds, expire)
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
+
+
+def _note(runner: Runner) -> Path:
+    return Path(f"{runner.settings.notes}.rank-{runner.rank}")
 
 
 def _attempt(runner: Runner, report: Report, name: str, data: Data) -> tuple[dict[str, Any], bool]:
     """(cell, whether further cells may run here). An error of one rank becomes the cell's error on all."""
     cell: dict[str, Any] = {}
     problem = None
-    note = Path(f"{runner.settings.results}.rank-{runner.ranks.rank}")
+    note = _note(runner)
     try:
         twin = None if name in PEERS or name == IDEAL else _twin(runner, report, name, data)
         cell = twin or runner.measure(name, data)
@@ -342,7 +449,8 @@ def _twin(runner: Runner, report: Report, name: str, data: Data) -> dict[str, An
     for key, cell in report.results.items():
         case, engine = key.split("|")
         mine = case == data.case.name and engine != IDEAL and "same_as" not in cell
-        if mine and cell.get("details", {}).get("program") == details["program"] and "total_ms" in cell:
+        same = all(cell.get("details", {}).get(part) == details[part] for part in ("program", "transport", "backward"))
+        if mine and same and "total_ms" in cell:
             found = {**cell, "details": details, "same_as": engine}
     return runner.everyone(found)[0]
 

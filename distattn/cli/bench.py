@@ -11,13 +11,20 @@ BENCHES = {
     "context": ("distattn.bench.context", "attention over several devices: every schedule of ours, and its peers"),
     "kernels": ("distattn.bench.kernels", "attention kernels against FlexAttention, cuDNN and FlashAttention-4"),
     "scaling": ("distattn.bench.scaling", "predicted efficiency of every schedule on clusters that are not here"),
+    "cad-layers": ("distattn.bench.cad_measure", "linear layers around attention, which cad-simulation rests on"),
+    "cad-simulation": ("distattn.bench.cad_simulation", "disaggregated attention on 64 to 512 GPUs beside its paper"),
+    "disaggregation": (
+        "distattn.bench.disaggregation",
+        "a step with attention disaggregated, beside other ways to share it",
+    ),
+    "linear": ("distattn.bench.linear", "linear attention against fla, by length, and its exchanges over ranks"),
     "calibrate": ("distattn.bench.calibrate", "kernels and links of this machine, for automatic choices and predictions"),
 }
 
 
 def bench(args: Sequence[str]) -> None:
     """Run the benchmark that the first argument names, with the others; ConfigError lists those there are."""
-    listing = "\n".join(f"  {name:10s} {what}" for name, (_, what) in BENCHES.items())
+    listing = "\n".join(f"  {name:14s} {what}" for name, (_, what) in BENCHES.items())
     if not args or args[0] in ("--help", "-h"):
         print(f"Usage: distattn bench NAME [OPTIONS]; `distattn bench NAME --help` shows the options of each.\n\n{listing}")
         return

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import re
 import time
@@ -15,6 +16,7 @@ from distattn.errors import ConfigError, DistattnError, LayoutError, MaskError, 
 
 if TYPE_CHECKING:
     from distattn.mask import Mask
+    from distattn.parallel.disaggregation.certificate import Certificate
     from distattn.parallel.hardware import Hardware
     from distattn.parallel.layout import Layout
     from distattn.parallel.program import Program
@@ -71,6 +73,7 @@ class Planned:
     forward: Prediction
     backward: Prediction
     backward_program: Program
+    certificate: Certificate | None
     plan_seconds: float
     verify_seconds: float
 
@@ -107,6 +110,13 @@ def plan_command(
     json_path: Annotated[str | None, typer.Option("--json", help="Write the numbers to FILE, or - for stdout.")] = None,
     plot: Annotated[str | None, typer.Option(help="Draw timeline, load and traffic to FILE.png (.pdf, .svg).")] = None,
     backward: Annotated[bool, typer.Option("--backward/--forward", help="Which direction --plot draws.")] = False,
+    pool: Annotated[int | None, typer.Option(help="disaggregated: most ranks among which work moves (default: all).")] = None,
+    pipeline_stages: Annotated[
+        int | None, typer.Option(help="disaggregated: pipeline stages among the ranks; plans each tick of a step.")
+    ] = None,
+    microbatches: Annotated[int | None, typer.Option(help="With --pipeline-stages: equal parts of --lengths.")] = None,
+    hidden: Annotated[int | None, typer.Option(help="For the ping-pong that --plot draws (default: heads × head_dim).")] = None,
+    ffn: Annotated[int | None, typer.Option(help="Likewise: width of the gated feed-forward (default: 3.5 × hidden).")] = None,
 ) -> None:
     """Verify, cost, simulate and draw a schedule, without running it."""
     arguments = MaskArguments(
@@ -118,18 +128,21 @@ def plan_command(
 
             check_plot_path(plot)
         kv = heads if kv_heads is None else kv_heads
-        bound = () if tolerance is None else (f"tolerance={tolerance}",)
+        bound = [f"{name}={value}" for name, value in (("tolerance", tolerance), ("pool", pool)) if value is not None]
         chosen = Choice(strategy, layout, (*(option or ()), *bound))
+        if pipeline_stages is not None or microbatches is not None:
+            from distattn.cli.plan_disaggregated import PipelineArguments, plan_pipeline_command
+
+            pipeline = PipelineArguments(pipeline_stages, microbatches, lengths, ranks, json_path, plot)
+            plan_pipeline_command(arguments, chosen, pipeline, (heads, kv), (head_dim, value_dim, dtype), hardware)
+            return
         planned = make_plan(arguments, ranks, chosen, (heads, kv), (head_dim, value_dim, dtype), hardware)
         title = f"{planned.strategy} · {planned.layout.name} · {describe_mask(arguments)} · {count(ranks, 'rank')}"
         _output(planned, report(planned, arguments), title, json_path)
         if plot is not None:
-            from distattn.parallel.draw import draw_plan
+            from distattn.cli.plan_disaggregated import draw
 
-            program, prediction = (planned.program, planned.forward)
-            if backward:
-                program, prediction = (planned.backward_program, planned.backward)
-            draw_plan(program, prediction, plot, title=title)
+            draw(planned, plot, title, (hidden, ffn), backward=backward)
             typer.echo(f"drew {plot}", err=True)
     except DistattnError as error:
         typer.echo(f"error: {error}", err=True)
@@ -153,13 +166,13 @@ def make_plan(
     sizes: tuple[int, int | None, str],
     hardware: str,
 ) -> Planned:
-    """Plan, derive the backward, verify and predict both.
+    """Plan, derive the backward, verify and predict both. ``plan_seconds``: from lengths to tasks, transfers and their bytes.
 
     heads: query and KV heads; sizes: head_dim, value_dim (None: head_dim), dtype; hardware: a preset's name. Raises a
     DistattnError that names the option for everything that can't be planned.
     """
     from distattn.parallel.backward import derive_backward
-    from distattn.parallel.cost import Shape
+    from distattn.parallel.cost import Shape, move_bytes
     from distattn.parallel.hardware import find_hardware
     from distattn.parallel.program import check_heads
     from distattn.parallel.simulate import predict
@@ -167,13 +180,17 @@ def make_plan(
     machine = find_hardware(hardware)
     check_heads(*heads)
     head_dim, value_dim, dtype = sizes
-    Shape(head_dim, head_dim if value_dim is None else value_dim, dtype)
+    shape = Shape(head_dim, head_dim if value_dim is None else value_dim, dtype)
     if ranks < 1:
         raise ConfigError(f"--ranks must be at least 1, got {ranks}")
+    # plan_seconds is no import; numpy's first unique() brings in numpy.ma.
+    for module in ("distattn.parallel.schedulers.auto", "distattn.parallel.schedulers.options", "numpy.ma"):
+        importlib.import_module(module)
     start = time.perf_counter()
     mask = build_mask(arguments)
     schedule = _schedule(mask, ranks, choice, heads, sizes, machine)
     program = schedule.program
+    move_bytes(program, shape)
     planned = time.perf_counter()
     backward = derive_backward(program, ranks_per_node=machine.ranks_per_node)
     derived = time.perf_counter()
@@ -193,9 +210,17 @@ def make_plan(
         forward=predict(program, mask, machine, head_dim, value_dim, dtype),
         backward=predict(backward, mask, machine, head_dim, value_dim, dtype),
         backward_program=backward,
+        certificate=_certificate(schedule, mask, heads),
         plan_seconds=planned - start,
         verify_seconds=verified - derived,
     )
+
+
+def _certificate(schedule: StrategyChoice, mask: Mask, heads: tuple[int, int]) -> Certificate | None:
+    from distattn.parallel.schedulers import find_scheduler
+
+    certify = find_scheduler(schedule.strategy).certificate
+    return certify(mask, schedule.layout, *heads, schedule.options) if certify else None
 
 
 def _schedule(
@@ -320,7 +345,9 @@ def parse_lengths(text: str) -> list[int]:
     if body.startswith("[") and body.endswith("]"):
         body = body[1:-1]
     words = [word for word in re.split(r"[\s,]+", body) if word]
-    wrong = next((word for word in words if not re.fullmatch(r"[0-9]+", word)), None)
+    wrong = None
+    if not re.fullmatch(r"[0-9\s,]*", body):
+        wrong = next(word for word in words if not re.fullmatch(r"[0-9]+", word))
     if wrong is not None or not words:
         what = "it is empty" if wrong is None else f"{wrong!r:.40} is not one"
         raise ConfigError(f"{where} must be whole numbers of tokens like 8192,512: {what}")
@@ -368,6 +395,7 @@ def report(planned: Planned, arguments: MaskArguments) -> dict[str, Any]:
         "kv_heads": program.kv_heads,
         **asdict(forward.shape),
         "hardware": forward.hardware.name,
+        "certificate": asdict(planned.certificate) | {"gap": planned.certificate.gap} if planned.certificate else {},
         "plan_seconds": planned.plan_seconds,
         "verify_seconds": planned.verify_seconds,
         **_direction(program, forward),
@@ -416,6 +444,8 @@ def _print_tables(planned: Planned, title: str) -> None:
     console.print(f"strategy  {planned.reason}\nlayout    {planned.layout_reason}", markup=False)
     if planned.candidates:
         console.print(planned.candidates, markup=False)
+    if planned.certificate:
+        console.print("balance   " + planned.certificate.describe().replace("\n", "\n          "), markup=False)
     console.print(f"verified  forward and backward, {planned.mask.area:,} pairs, in {planned.verify_seconds:.3g} s")
     table = Table("", "forward", "backward", title_justify="left")
     directions = (planned.forward, planned.backward)

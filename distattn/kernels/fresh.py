@@ -6,6 +6,7 @@ sums, which are cleared here for them.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -14,7 +15,7 @@ from torch import Tensor
 from distattn.kernels.merge import merge_partial
 from distattn.kernels.protocol import Backend, Carry
 from distattn.kernels.selection import SplitBackend
-from distattn.kernels.softmax.launched import LaunchedBackend
+from distattn.kernels.softmax.launched import Launch, LaunchedBackend
 
 
 def clear_carry(carry: Carry) -> None:
@@ -34,6 +35,21 @@ def attend_fresh(backend: Backend, q: Tensor, k: Tensor, v: Tensor, tiles: np.nd
     backend.attend(q, k, v, tiles, carry, **settings)
 
 
+def results_of_launches(
+    backend: Backend, q: Tensor, k: Tensor, v: Tensor, tiles: np.ndarray, *, whole: bool, **settings: Any
+) -> Iterator[tuple[Launch, Tensor, Tensor]] | None:
+    """Out and lse of each launch, in the input dtype, of a backend that works in launches; None of other backends.
+
+    whole: None, too, unless one launch has all rows; else unless no two share one.
+    """
+    forward = backend.forward if isinstance(backend, SplitBackend) else backend
+    if not isinstance(forward, LaunchedBackend):
+        return None
+    group = settings["group"]
+    fits = forward.writes_all_rows(q, tiles, group) if whole else forward.writes_rows_once(tiles, group)
+    return forward.each_result(q, k, v, tiles, **settings) if fits else None
+
+
 def whole_gradients(
     backend: Backend, q: Tensor, k: Tensor, v: Tensor, out: Tensor | None, lse: Tensor, do: Tensor, tiles: np.ndarray,
     **settings: Any,
@@ -42,6 +58,22 @@ def whole_gradients(
     backward = backend.backward if isinstance(backend, SplitBackend) else backend
     if isinstance(backward, LaunchedBackend) and out is not None and backward.fills(q, k, tiles, settings["group"]):
         return backward.attend_backward_whole(q, k, v, out, lse, do, None, tiles, **settings)
+    return None
+
+
+def gives_input_dtype(backend: Backend) -> bool:
+    """Whether the backend's gradients come in the input dtype, so that sums of one of them lose nothing in it."""
+    return isinstance(backend.backward if isinstance(backend, SplitBackend) else backend, LaunchedBackend)
+
+
+def gradients_of_launches(
+    backend: Backend, q: Tensor, k: Tensor, v: Tensor, out: Tensor | None, lse: Tensor, do: Tensor, tiles: np.ndarray,
+    **settings: Any,
+) -> Iterator[tuple[Launch, tuple[Tensor, ...]]] | None:  # fmt: skip
+    """What each launch of a backend that works in launches gives dq, dk and dv, in the input dtype; None of other backends."""
+    backward = backend.backward if isinstance(backend, SplitBackend) else backend
+    if isinstance(backward, LaunchedBackend) and out is not None:
+        return backward.each_gradient(q, k, v, out, lse, do, tiles, **settings)
     return None
 
 

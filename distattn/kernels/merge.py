@@ -61,6 +61,19 @@ def merge_partial(carry: Carry, out: Tensor, lse: Tensor, *, fresh: bool = False
     carry.m.copy_(m)
 
 
+def merge_finished(out: Tensor, lse: Tensor, other: Tensor, other_lse: Tensor) -> None:
+    """Merge a finished result into another in place, in fp32 (fp64) and rounded once.
+
+    out, other [..., Dv] of any floating dtype, lse, other_lse [...]; any strides. Every row of both saw a key.
+    """
+    m = torch.maximum(lse, other_lse)
+    weight, other_weight = torch.exp(lse - m), torch.exp(other_lse - m)
+    total = weight + other_weight
+    merged = out * (weight / total).unsqueeze(-1)
+    out.copy_(merged.addcmul_((other_weight / total).unsqueeze(-1), other))
+    lse.copy_(m + torch.log(total))
+
+
 def finish(carry: Carry, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """(out [..., Dv] in ``dtype``, lse [...] in the carry's dtype); rows that saw nothing give 0 and −inf."""
     empty = carry.l == 0

@@ -38,6 +38,7 @@ from distattn.parallel.program import (
     SLOT_ROWS,
     Program,
 )
+from distattn.parallel.rounds import in_rounds
 
 _UNUSED = 1 << 40
 
@@ -66,12 +67,14 @@ def derive_backward(program: Program, *, keep: bool = False, ranks_per_node: int
         prologue = max(0, -int(refill[:, MOVE_ISSUE].min(initial=0)))
         moves = np.concatenate([moves, refill])
     moves[:, [MOVE_ISSUE, MOVE_DUE]] += prologue
+    if prologue and (kind == Q_OUT).any():
+        _send_from_home_at_once(moves, prologue, program)
     attends[:, ATTEND_STAGE] += prologue
     if prologue and program.num_ranks > (ranks_per_node or program.num_ranks):
         attends = _with_work_for_the_prologue(attends, program)
     moves = moves[np.lexsort((moves[:, MOVE_DUE], moves[:, MOVE_ISSUE]))]
     attends = attends[np.argsort(attends[:, ATTEND_STAGE], kind="stable")]
-    return Program(
+    derived = Program(
         heads=program.heads,
         kv_heads=program.kv_heads,
         layout=program.layout,
@@ -86,6 +89,14 @@ def derive_backward(program: Program, *, keep: bool = False, ranks_per_node: int
         version=program.version,
         keys=program.keys,
     )
+    return derived if program.rounds is None else in_rounds(derived, program.rounds)
+
+
+def _send_from_home_at_once(moves: np.ndarray, prologue: int, program: Program) -> None:
+    """Where queries travel, what homes send for the first stage leaves with the keys of the prologue: dO is there from the
+    start, and in split phase it then travels while another call computes."""
+    copies = np.isin(moves[:, MOVE_KIND], (Q_IN, KV_IN)) & (moves[:, MOVE_SRC] < 2 * program.num_ranks)
+    moves[copies & (moves[:, MOVE_ISSUE] <= prologue), MOVE_ISSUE] = 0
 
 
 def _with_work_for_the_prologue(attends: np.ndarray, program: Program) -> np.ndarray:

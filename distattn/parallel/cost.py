@@ -13,6 +13,7 @@ import numpy as np
 
 from distattn import bands as band_algebra
 from distattn.errors import ConfigError
+from distattn.parallel.alone import gradients_alone
 from distattn.parallel.csr import expand, pointers, segment_starts
 from distattn.parallel.program import (
     ATTEND_H0,
@@ -53,13 +54,15 @@ M_ISSUE, M_DUE, M_SRC, M_DST, M_BYTES = range(5)
 class Shape:
     """The sizes that a Program leaves open: features per head of q, k and of v, o, and the input dtype's name.
 
-    needs_out: the backward kernel reads the forward's output (``Backend.needs_out``), which then travels with dO.
+    needs_out: the backward kernel reads the forward's output (``Backend.needs_out``), which then travels with dO. narrow: it
+    gives gradients in the input dtype, in which the first hop then leaves them.
     """
 
     head_dim: int
     value_dim: int
     dtype: str = "bfloat16"
     needs_out: bool = False
+    narrow: bool = False
 
     def __post_init__(self) -> None:
         if self.head_dim < 1 or self.value_dim < 1:
@@ -235,7 +238,7 @@ def _ranges_of(program: Program, row_sets: np.ndarray) -> tuple[np.ndarray, np.n
     return expand(program.row_ptr[row_sets], program.row_ptr[row_sets + 1] - program.row_ptr[row_sets])
 
 
-def _move_bytes(program: Program, shape: Shape) -> np.ndarray:
+def move_bytes(program: Program, shape: Shape) -> np.ndarray:
     """Bytes of each Move, int64 [m]."""
     moves, heads = program.moves, program.move_heads()
     bundle = shape.bundle_bytes(backward=program.backward, keep=program.keep)
@@ -244,6 +247,11 @@ def _move_bytes(program: Program, shape: Shape) -> np.ndarray:
     if not program.backward:
         rounded = shape.value_dim * (shape.accumulator_bytes - shape.input_bytes)
         per_row = per_row - rounded * _arrives_final(program, cells)
+    elif shape.narrow:
+        rounded = np.zeros_like(bundle)
+        rounded[Q_OUT], rounded[KV_OUT] = shape.head_dim, shape.head_dim + shape.value_dim
+        narrower = (shape.accumulator_bytes - shape.input_bytes) * (shape.input_bytes == 2)
+        per_row = per_row - narrower * rounded[moves[:, MOVE_KIND]] * gradients_alone(program)
     return cells * per_row
 
 
@@ -253,7 +261,7 @@ def _absorbed_bytes(program: Program, shape: Shape) -> np.ndarray:
     reduces = np.isin(moves[:, MOVE_KIND], (Q_OUT, KV_OUT))
     out = np.zeros((program.num_ranks, program.num_stages + 1), np.int64)
     into = program.slots[moves[reduces, MOVE_DST], SLOT_RANK]
-    np.add.at(out, (into, moves[reduces, MOVE_DUE]), _move_bytes(program, shape)[reduces])
+    np.add.at(out, (into, moves[reduces, MOVE_DUE]), move_bytes(program, shape)[reduces])
     return out
 
 
@@ -261,7 +269,7 @@ def _messages(program: Program, shape: Shape) -> np.ndarray:
     """Bytes by (issue, due, src, dst) of all Moves between ranks, int64 [m, 5]."""
     moves = program.moves
     src, dst = program.slots[moves[:, MOVE_SRC], SLOT_RANK], program.slots[moves[:, MOVE_DST], SLOT_RANK]
-    size = _move_bytes(program, shape)
+    size = move_bytes(program, shape)
     table = np.stack([moves[:, MOVE_ISSUE], moves[:, MOVE_DUE], src, dst, size], 1)[src != dst]
     table = table[np.lexsort(tuple(table[:, c] for c in (M_DST, M_SRC, M_DUE, M_ISSUE)))]
     first = segment_starts(*(table[:, c] for c in (M_ISSUE, M_DUE, M_SRC, M_DST)))

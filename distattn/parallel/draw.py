@@ -73,7 +73,7 @@ def plan_figure(program: Program, prediction: Prediction, *, title: str) -> Figu
     traffic = figure.add_subplot(grid[0, 2])
     _draw_timeline(timeline, program, prediction)
     _draw_load(load, prediction)
-    _draw_traffic(figure, traffic, prediction)
+    draw_traffic(figure, traffic, prediction)
     figure.text(0.01, 1 - 0.12 / height, title, ha="left", va="top", fontsize=13, fontweight="bold", color=_TEXT)
     figure.text(0.01, 1 - 0.42 / height, _summary(prediction), ha="left", va="top", fontsize=11, color=_TEXT)
     return figure
@@ -81,7 +81,7 @@ def plan_figure(program: Program, prediction: Prediction, *, title: str) -> Figu
 
 def _summary(prediction: Prediction) -> str:
     cost = prediction.cost
-    unit, name = _time_unit(prediction.seconds)
+    unit, name = time_unit(prediction.seconds)
     decimals = int(np.clip(2 - np.floor(np.log10(max(prediction.seconds / unit, 1e-9))), 0, 2))
     parts = (
         prediction.seconds,
@@ -97,7 +97,8 @@ def _summary(prediction: Prediction) -> str:
     )
 
 
-def _time_unit(seconds: float) -> tuple[float, str]:
+def time_unit(seconds: float) -> tuple[float, str]:
+    """(seconds in the unit that suits a time, its name)."""
     return next((u for u in ((1.0, "s"), (1e-3, "ms")) if seconds >= u[0]), (1e-6, "µs"))
 
 
@@ -105,12 +106,13 @@ def _byte_unit(num_bytes: float) -> tuple[float, str]:
     return next((u for u in ((1e9, "GB"), (1e6, "MB")) if num_bytes >= u[0]), (1e3, "kB"))
 
 
-def _flop_unit(flops: float) -> tuple[float, str]:
+def flop_unit(flops: float) -> tuple[float, str]:
+    """(FLOPs in the unit that suits a number of them, its name)."""
     return next((u for u in ((1e15, "PFLOP"), (1e12, "TFLOP"), (1e9, "GFLOP")) if flops >= u[0]), (1e6, "MFLOP"))
 
 
 def _draw_timeline(axes: Axes, program: Program, prediction: Prediction) -> None:
-    unit, name = _time_unit(prediction.seconds)
+    unit, name = time_unit(prediction.seconds)
     ranks, few = program.num_ranks, program.num_ranks <= 16
     line, messages = prediction.timeline, prediction.cost.messages
     rank, start, end, source = _compute_spans(program, prediction)
@@ -132,7 +134,7 @@ def _draw_timeline(axes: Axes, program: Program, prediction: Prediction) -> None
     axes.set_yticks(range(0, ranks, 1 if ranks <= 16 else 2 ** int(np.ceil(np.log2(ranks / 16)))))
     axes.set_ylabel("rank", fontsize=11)
     axes.set_xlabel(f"time [{name}]", fontsize=11)
-    _plain(axes)
+    plain_axes(axes)
     _legend(axes, np.unique(source), ranks, waits=len(waiting) > 0, between=bool(between.any()), inside=not between.all())
 
 
@@ -226,7 +228,7 @@ def _legend(axes: Axes, sources: np.ndarray, ranks: int, *, waits: bool, inside:
 
 def _draw_load(axes: Axes, prediction: Prediction) -> None:
     flops = prediction.cost.flops_per_rank
-    unit, name = _flop_unit(float(flops.max(initial=0)))
+    unit, name = flop_unit(float(flops.max(initial=0)))
     axes.barh(np.arange(len(flops)), flops / unit, height=0.84 if len(flops) <= 16 else 1.0, color=_LOAD)
     mean = float(flops.mean()) / unit
     axes.axvline(mean, color=_TEXT, linestyle=(0, (4, 3)), linewidth=1)
@@ -234,10 +236,11 @@ def _draw_load(axes: Axes, prediction: Prediction) -> None:
     axes.set_title(f"work   (mean {mean:,.3g})", fontsize=10, loc="left", color=_TEXT)
     axes.set_xlabel(f"{name} per rank", fontsize=11)
     axes.tick_params(labelleft=False)
-    _plain(axes)
+    plain_axes(axes)
 
 
-def _draw_traffic(figure: Figure, axes: Axes, prediction: Prediction) -> None:
+def draw_traffic(figure: Figure, axes: Axes, prediction: Prediction) -> None:
+    """A matrix of bytes from rank to rank; numbers in the cells of few ranks, else a colour scale below."""
     traffic = prediction.cost.traffic
     ranks = len(traffic)
     unit, name = _byte_unit(float(traffic.max(initial=0)))
@@ -260,12 +263,13 @@ def _draw_traffic(figure: Figure, axes: Axes, prediction: Prediction) -> None:
         bar = figure.colorbar(image, cax=axes.inset_axes((0, -0.24, 1, 0.035)), orientation="horizontal")
         bar.outline.set_visible(False)  # pyright: ignore[reportCallIssue]
         bar.ax.tick_params(colors=_FAINT, labelsize=9, length=3)
-    _plain(axes)
+    plain_axes(axes)
     if not len(prediction.cost.messages) or not prediction.cost.messages[:, M_BYTES].any():
         axes.text(0.5, 0.5, "nothing is sent", ha="center", va="center", transform=axes.transAxes, color=_FAINT)
 
 
-def _plain(axes: Axes) -> None:
+def plain_axes(axes: Axes) -> None:
+    """Axes as all pictures have them: no box, faint ticks."""
     axes.spines[["top", "right"]].set_visible(False)
     axes.spines[["left", "bottom"]].set_color("#aaaaaa")
     axes.tick_params(colors=_FAINT, labelsize=10, length=3)

@@ -8,7 +8,8 @@ the sums dq, or dk and dv, in fp32 (fp64 for fp64 inputs), which travel as they 
 
 from __future__ import annotations
 
-from collections.abc import Generator
+import itertools
+from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -17,18 +18,26 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from distattn.kernels.fresh import attend_backward_fresh, attend_fresh, clear_carry, whole_gradients
-from distattn.kernels.merge import accumulation_dtype, empty_carry, finish, merge_partial
+from distattn.kernels.fresh import (
+    attend_backward_fresh,
+    attend_fresh,
+    clear_carry,
+    gives_input_dtype,
+    gradients_of_launches,
+    results_of_launches,
+    whole_gradients,
+)
+from distattn.kernels.merge import accumulation_dtype, empty_carry, finish, merge_finished, merge_partial
 from distattn.kernels.protocol import Backend, Carry, Extras
-from distattn.parallel.lowering import ARRIVE, COMPUTE, HOME_KV, HOME_Q, POST, Exchange, Item, Lowered, Part, Rows
+from distattn.kernels.softmax.launched import Launch
+from distattn.parallel.lowering import ARRIVE, COMPUTE, HOME_KV, HOME_Q, POST, Exchange, Lowered, Part, Rows
 from distattn.parallel.program import KV, KV_IN, KV_OUT, Q_IN, Q_OUT, Q
-from distattn.parallel.transport.base import Message, Parts, Pending, Transport
+from distattn.parallel.transport.base import Message, Parts, Pending, StagingTransport, Transport
+from distattn.parallel.wire import MAX_PARTS, Shape, Wire, bundle_of, num_fields, part_of, wire_of
 
-_ALIGNMENT = 16
 _SUMS = ("acc", "m", "l", "dq", "dk", "dv")
 _HOME_SUMS = {"dq": HOME_Q, "dk": HOME_KV, "dv": HOME_KV}
-_MAX_PARTS = 16
-"""Tensors that one rank sends another in one exchange; more are packed into one buffer."""
+_LATE_MEMORY = {**_HOME_SUMS, "acc": HOME_Q, "m": HOME_Q, "l": HOME_Q}
 _KIND_NAMES = {Q_IN: "query", KV_IN: "KV", Q_OUT: "result", KV_OUT: "KV gradient"}
 
 POSTED, COMPUTED = "posted", "computed"
@@ -45,69 +54,6 @@ class Kernel:
     scale: float
     softcap: float | None = None
     extras: Extras | None = None
-
-
-@dataclass(frozen=True)
-class Shape:
-    """What decides the size of messages, besides the program. reduce_dtype: of travelling gradient sums, None: ``sums``."""
-
-    batch: int
-    head_dim: int
-    value_dim: int
-    dtype: torch.dtype
-    needs_out: bool
-    reduce_dtype: torch.dtype | None = None
-
-    @property
-    def sums(self) -> torch.dtype:
-        return accumulation_dtype(self.dtype)
-
-    @property
-    def travelling_sums(self) -> torch.dtype:
-        return self.reduce_dtype or self.sums
-
-
-@dataclass(frozen=True, eq=False)
-class _Field:
-    """One tensor of a bundle inside a buffer: bytes [start, stop), viewed as dtype [B, n, h] or [B, n, h, width]."""
-
-    name: str
-    start: int
-    stop: int
-    dtype: torch.dtype
-    shape: tuple[int, ...]
-
-    def view(self, buffer: Tensor) -> Tensor:
-        return buffer[self.start : self.stop].view(self.dtype).view(self.shape)
-
-
-@dataclass(frozen=True, eq=False)
-class _Wire:
-    """An exchange's buffers on one rank for one Shape: per peer, and the items with their fields; arrivals in table order."""
-
-    send_splits: list[int]
-    receive_splits: list[int]
-    departures: list[tuple[int, list[tuple[Item, list[_Field]]]]]
-    sources: list[tuple[int, list[tuple[Item, list[_Field]]]]]
-    arrivals: list[tuple[Item, list[_Field]]]
-
-    @property
-    def send_bytes(self) -> int:
-        return sum(self.send_splits)
-
-    @property
-    def receive_bytes(self) -> int:
-        return sum(self.receive_splits)
-
-    def receive_parts(self, buffer: Tensor) -> list[tuple[int, Tensor]]:
-        """Where the parts of each peer go: one a field, or one in all."""
-        found: list[tuple[int, Tensor]] = []
-        for peer, placed in self.sources:
-            if _num_fields(placed) <= _MAX_PARTS:
-                found += [(peer, buffer[field.start : field.stop]) for _, fields in placed for field in fields]
-            else:
-                found.append((peer, _part_of(buffer, self.receive_splits, peer)))
-        return found
 
 
 class Execution:
@@ -132,17 +78,24 @@ class Execution:
         self.lowered, self.transport, self.kernel, self.poison = lowered, transport, kernel, poison
         self.label = label
         needs_out = lowered.backward and "out" in home
-        self.shape = Shape(q.shape[0], q.shape[-1], v.shape[-1], q.dtype, needs_out, reduce_dtype)
+        narrow = gives_input_dtype(kernel.backend)
+        self.shape = Shape(q.shape[0], q.shape[-1], v.shape[-1], q.dtype, needs_out, reduce_dtype, narrow)
         self.device = q.device
         self.fields: dict[str, list[Tensor | None]] = {}
         self.unbegun: set[int] = set()  # arenas whose sums hold anything, and count as empty
-        self.late: dict[str, Tensor] = {}  # gradients at home that were not added to their sums yet
+        self.finished: tuple[Tensor, Tensor] | None = None  # out and lse of all of home, in place of a carry
+        self.results_left = lowered.home_results
+        self.late: dict[str, Tensor] = {}  # gradients of all of home that were not added to their sums yet
+        self.pending: dict[str, list[tuple[slice, Tensor]]] = {}  # the same of some rows, no two of which are the same
         self.in_flight: dict[int, tuple[Message, Pending]] = {}
         self._allocate(home, kept or {})
         key = self.shape
         if key not in lowered.wire:
-            lowered.wire[key] = [_wire(lowered, exchange, key) for exchange in lowered.exchanges]
-        self.wires: list[_Wire] = lowered.wire[key]
+            lowered.wire[key] = [wire_of(lowered, exchange, key) for exchange in lowered.exchanges]
+        self.wires: list[Wire] = lowered.wire[key]
+        self.routes: Sequence[object] = [None] * len(self.wires)
+        if self.wires and isinstance(transport, StagingTransport):
+            self.routes = transport.routes((lowered, key), [wire.send_splits for wire in self.wires])
 
     def steps(self) -> Generator[tuple[str, int], None, None]:
         """Yields (POSTED, t) before and (COMPUTED, t) after computing stage t."""
@@ -173,14 +126,18 @@ class Execution:
             return tuple(self._gradient(name, home) for name, home in _HOME_SUMS.items())
         if self.lowered.out_alone:
             return self._field("out", HOME_Q), self._field("lse", HOME_Q)
+        if self.finished is not None:
+            return self.finished[0].contiguous(), self.finished[1].contiguous()
         return finish(self._carry(HOME_Q), self.shape.dtype)
 
     def _gradient(self, name: str, home: int) -> Tensor:
-        """A sum at home with what came last; both are added and rounded in one pass."""
+        """A sum at home with what was not added to it yet; both are added and rounded in one pass."""
         late = self.late.pop(name, None)
         if late is None:
             return self._field(name, home)
         if home in self.unbegun:
+            for rows, part in self.pending.pop(name, ()):
+                late[:, rows].add_(part)
             return late
         return torch.add(self._field(name, home), late, out=torch.empty_like(late))
 
@@ -194,7 +151,7 @@ class Execution:
                     column[i] = home[name]
                 elif name in ("q", "k", "v") and name in kept:
                     column[i] = kept[name][i]
-                elif not arena.turns and not (i == HOME_Q and lowered.out_alone and name in ("acc", "m", "l")):
+                elif not arena.turns and _LATE_MEMORY.get(name) != i:
                     column[i] = self._fresh(i, dtype, width)
         if lowered.out_alone:
             rows, heads = lowered.arenas[HOME_Q].num_rows, lowered.arenas[HOME_Q].num_heads
@@ -227,14 +184,40 @@ class Execution:
     def _field(self, name: str, arena: int) -> Tensor:
         if arena in self.unbegun and name in _SUMS:
             self._clear(arena)
-        if name in self.late and _HOME_SUMS[name] == arena:
-            late = self.late.pop(name)
-            self._field(name, arena).add_(late)
+        tensor = self._memory(name, arena)
+        if _HOME_SUMS.get(name) == arena and (name in self.late or name in self.pending):
+            tensor = self._widened(name, arena)
+            if name in self.late:
+                tensor.add_(self.late.pop(name))
+            for rows, part in self.pending.pop(name, ()):
+                tensor[:, rows].add_(part)
+        return tensor
+
+    def _sum(self, name: str, arena: int) -> Tensor:
+        """A gradient that is added to."""
+        self._field(name, arena)
+        return self._widened(name, arena)
+
+    def _widened(self, name: str, arena: int) -> Tensor:
+        """A gradient that may have come in the input dtype, in that of sums."""
+        tensor = self.fields[name][arena] = self._memory(name, arena).to(self.shape.sums)
+        return tensor
+
+    def _memory(self, name: str, arena: int) -> Tensor:
+        """A field's tensor, which sums and carries at home get when they are begun."""
         tensor = self.fields[name][arena]
-        assert tensor is not None, f"arena {arena} has no {name}"
+        if tensor is None:
+            assert _LATE_MEMORY.get(name) == arena, f"arena {arena} has no {name}"
+            widths = {field: width for field, _, width in self._stored(self.lowered.arenas[arena].kind)}
+            tensor = self.fields[name][arena] = self._fresh(arena, self.shape.sums, widths[name])
         return tensor
 
     def _carry(self, arena: int) -> Carry:
+        if arena == HOME_Q and self.finished is not None:
+            self.unbegun.discard(HOME_Q)
+            (out, lse), self.finished = self.finished, None
+            carry = Carry(*(self._memory(name, HOME_Q) for name in ("acc", "m", "l")))
+            merge_partial(carry, out, lse.to(carry.m.dtype), fresh=True, all_seen=True)
         return Carry(self._field("acc", arena), self._field("m", arena), self._field("l", arena))
 
     def _begin_sums(self, born: list[tuple[int, Rows]]) -> None:
@@ -267,9 +250,7 @@ class Execution:
             clear_carry(self._carry(arena))
             return
         for name in ("dq",) if self.lowered.arenas[arena].kind == Q else ("dk", "dv"):
-            total = self.fields[name][arena]
-            assert total is not None
-            total.zero_()
+            self._memory(name, arena).zero_()
 
     def _post(self, number: int) -> None:
         """Send the messages of one exchange, packed or in parts."""
@@ -280,8 +261,10 @@ class Execution:
             receive.fill_(255)  # an all-ones pattern is NaN in every floating dtype
         sends: list[tuple[int, Tensor]] = []
         send = torch.empty(0, dtype=torch.uint8, device=self.device)
+        if isinstance(self.transport, StagingTransport):
+            send = self.transport.staging(self.routes[number])
         for peer, placed in wire.departures:
-            in_parts = self.transport.takes_parts and _num_fields(placed) <= _MAX_PARTS
+            in_parts = self.transport.takes_parts and num_fields(placed) <= MAX_PARTS
             for item, fields in placed:
                 for field, tensor in zip(fields, self._bundle(item.kind, item.part, item.alone)):
                     if in_parts and tensor.dtype == field.dtype and tensor.is_contiguous() and self._lasts(item.part):
@@ -293,11 +276,11 @@ class Execution:
                     if in_parts:
                         sends.append((peer, send[field.start : field.stop]))
             if not in_parts and self.transport.takes_parts:
-                sends.append((peer, _part_of(send, wire.send_splits, peer)))
+                sends.append((peer, part_of(send, wire.send_splits, peer)))
         parts = Parts(sends, wire.receive_parts(receive)) if self.transport.takes_parts else None
         message = Message(
             exchange.issue, exchange.due, send, receive, wire.send_splits, wire.receive_splits,
-            lambda: self._describe(exchange), parts,
+            partial(_describe, self.label, self.lowered.backward, exchange), parts, self.routes[number],
         )  # fmt: skip
         self.in_flight[number] = (message, self.transport.post(message))
 
@@ -323,7 +306,7 @@ class Execution:
         if kind == Q_OUT and not self.lowered.backward:
             carry = Carry(*(_take(self._field(name, part.arena), part) for name in ("acc", "m", "l")))
             return list(finish(carry, self.shape.dtype if alone else self.shape.sums))
-        return [_take(self._field(name, part.arena), part) for name, _, _ in _bundle(kind, self.lowered, self.shape, alone)]
+        return [_take(self._field(name, part.arena), part) for name, _, _ in bundle_of(kind, self.lowered, self.shape, alone)]
 
     def _absorb(self, kind: int, part: Part, tensors: list[Tensor], alone: bool, *, lasts: bool) -> None:
         """Take one Move's tensors at its destination: copy, add, or merge by LSE. lasts: they keep their values, so that a
@@ -333,7 +316,8 @@ class Execution:
                 for name, tensor in zip(("out", "lse"), tensors):
                     _copy(self._field(name, HOME_Q), part, tensor)
                 return
-            views = [self._field(name, part.arena) for name in ("acc", "m", "l")]
+            self.results_left -= part.arena == HOME_Q
+            views = self._carry(part.arena)
             carry = Carry(*(_take(view, part) for view in views))
             merge_partial(carry, tensors[0], tensors[1])
             if part.rows.slice is None:
@@ -343,17 +327,34 @@ class Execution:
         arena = self.lowered.arenas[part.arena]
         copies = kind in (Q_IN, KV_IN)
         fills = part.rows.count == arena.num_rows and part.h1 - part.h0 == arena.num_heads and part.rows.slice is not None
-        empty = part.arena in self.unbegun and tensors[0].dtype == self.shape.sums
-        taken = fills and lasts and (arena.turns if copies else empty)
+        taken = fills and lasts and (arena.turns if copies else part.arena in self.unbegun)
         if taken and not copies:
             self.unbegun.discard(part.arena)
-        for (name, dtype, width), tensor in zip(_bundle(kind, self.lowered, self.shape, alone), tensors):
+        for (name, dtype, width), tensor in zip(bundle_of(kind, self.lowered, self.shape, alone), tensors):
             if taken:
                 self.fields[name][part.arena] = tensor
                 continue
-            if self.fields[name][part.arena] is None:
-                self.fields[name][part.arena] = self._fresh(part.arena, dtype, width)
-            (_copy if copies else _add)(self._field(name, part.arena), part, tensor)
+            where, heads = part.rows.slice, slice(part.h0, part.h1)
+            if not copies and lasts and where is not None and self._postpone(name, part.arena, where, heads, tensor):
+                continue
+            if copies:
+                if self.fields[name][part.arena] is None:
+                    self.fields[name][part.arena] = self._fresh(part.arena, dtype, width)
+                _copy(self._field(name, part.arena), part, tensor)
+            else:
+                _add(self._sum(name, part.arena), part, tensor)
+
+    def _postpone(self, name: str, arena: int, rows: slice, heads: slice, part: Tensor) -> bool:
+        """Leave a part of a gradient at home for the end, where no sum in fp32 was begun and no other part has its rows: the
+        result is then rounded once, as from such a sum, without its passes over memory."""
+        all_heads = (heads.start, heads.stop) == (0, self.lowered.arenas[arena].num_heads)
+        if _HOME_SUMS[name] != arena or arena not in self.unbegun or not all_heads:
+            return False
+        others = self.pending.setdefault(name, [])
+        if any(rows.start < other.stop and other.start < rows.stop for other, _ in others):
+            return False
+        others.append((rows, part))
+        return True
 
     def _attend(self, q_arena: int, kv_arena: int, tiles: np.ndarray) -> None:
         """One backend call over two arenas."""
@@ -364,6 +365,10 @@ class Execution:
             assert (q_arena, kv_arena) == (HOME_Q, HOME_KV), "extras know only the rows of the home arenas"
             numbers["extras"] = kernel.extras
         if not self.lowered.backward:
+            if q_arena == HOME_Q and self._attend_finished(q, k, v, tiles, numbers):
+                return
+            if q_arena == HOME_Q and self.finished is not None:
+                self._carry(HOME_Q)
             attend = partial(attend_fresh, kernel.backend) if q_arena in self.unbegun else kernel.backend.attend
             self.unbegun.discard(q_arena)
             attend(q, k, v, tiles, self._carry(q_arena), **numbers)
@@ -375,26 +380,56 @@ class Execution:
             if gradients is not None:
                 self.late = dict(zip(_HOME_SUMS, gradients))
                 return
+        if (q_arena, kv_arena) != (HOME_Q, HOME_KV) and {q_arena, kv_arena} & self.unbegun:
+            pieces = gradients_of_launches(kernel.backend, *given, tiles, **numbers)
+            if pieces is not None:
+                self._take_gradients(pieces, q_arena, kv_arena)
+                return
         for name, home in _HOME_SUMS.items():
-            if name in self.late and home in (q_arena, kv_arena):
-                at(name, home)  # adds what is late
+            if home in (q_arena, kv_arena) and (name in self.late or name in self.pending):
+                at(name, home)  # adds what was not added yet
         new = (q_arena in self.unbegun, kv_arena in self.unbegun)
         self.unbegun -= {q_arena, kv_arena}
         inputs = (*given, at("delta", q_arena), tiles)
-        sums = (at("dq", q_arena), at("dk", kv_arena), at("dv", kv_arena))
+        sums = (self._sum("dq", q_arena), self._sum("dk", kv_arena), self._sum("dv", kv_arena))
         if any(new):
             attend_backward_fresh(kernel.backend, *inputs, sums, (new[0], new[1], new[1]), **numbers)
         else:
             kernel.backend.attend_backward(*inputs, *sums, **numbers)
 
-    def _describe(self, exchange: Exchange) -> str:
-        """Such as "at stage 2 of the ring forward for KV rows from rank 0"."""
-        name = f"{self.label} backward" if self.lowered.backward else f"{self.label} forward"
-        wanted = [
-            f"{' and '.join(sorted({_KIND_NAMES[item.kind] for item in items}))} rows from rank {peer}"
-            for peer, items in exchange.receives
-        ]
-        return f"at stage {exchange.due} of the {name.strip()} for {', '.join(wanted or ['its rows to be taken'])}"
+    def _attend_finished(self, q: Tensor, k: Tensor, v: Tensor, tiles: np.ndarray, numbers: dict[str, Any]) -> bool:
+        """Where home gets no more than two results, the second one can be merged into the first as kernels leave them: with no
+        carry in fp32, nor its passes over memory, and rounded once. Whether that was done."""
+        left, self.results_left = self.results_left, self.results_left - 1
+        first = self.finished is None
+        if left > 2 or "extras" in numbers or (first and HOME_Q not in self.unbegun) or (not first and left != 1):
+            return False
+        results = results_of_launches(self.kernel.backend, q, k, v, tiles, whole=first, **numbers)
+        if results is None:
+            return False
+        for launch, out, lse in results:
+            if first:
+                self.finished = out, lse
+            elif self.finished is not None:
+                merge_finished(self.finished[0][launch.rows], self.finished[1][launch.rows], out, lse)
+        return True
+
+    def _take_gradients(self, pieces: Iterator[tuple[Launch, tuple[Tensor, ...]]], q_arena: int, kv_arena: int) -> None:
+        """Add what launches give to the sums of their arenas; the only launch on all keys of a new slot is written there."""
+        first = list(itertools.islice(pieces, 2))
+        fresh = []
+        for arena, where in zip((q_arena, kv_arena), (first[0][0].rows, first[0][0].keys) if len(first) == 1 else ()):
+            all_of_it = (slice(0, self.lowered.arenas[arena].num_rows), slice(0, self.lowered.arenas[arena].num_heads))
+            if where[1:] == all_of_it and arena in self.unbegun and self.lowered.arenas[arena].turns:
+                fresh.append(arena)
+        self.unbegun -= set(fresh)
+        for launch, gradients in itertools.chain(first, pieces):
+            for name, gradient in zip(_HOME_SUMS, gradients):
+                arena, where = (q_arena, launch.rows) if name == "dq" else (kv_arena, launch.keys)
+                if arena in fresh:
+                    self.fields[name][arena] = gradient  # in the input dtype, until somebody adds to it
+                elif not self._postpone(name, arena, where[1], where[2], gradient):
+                    self._sum(name, arena)[where].add_(gradient)
 
 
 def output_gradient_sums(out: Tensor, do: Tensor, dlse: Tensor | None) -> Tensor:
@@ -404,57 +439,17 @@ def output_gradient_sums(out: Tensor, do: Tensor, dlse: Tensor | None) -> Tensor
     return delta if dlse is None else delta - dlse.to(dtype)
 
 
-def _bundle(kind: int, lowered: Lowered, s: Shape, alone: bool) -> list[tuple[str, torch.dtype, tuple[int, ...]]]:
-    """What a Move of one kind carries: (field, dtype, trailing shape)."""
-    if kind == KV_IN:
-        return [("k", s.dtype, (s.head_dim,)), ("v", s.dtype, (s.value_dim,))]
-    if kind == KV_OUT:
-        return [("dk", s.travelling_sums, (s.head_dim,)), ("dv", s.travelling_sums, (s.value_dim,))]
-    if not lowered.backward:
-        if kind == Q_IN:
-            return [("q", s.dtype, (s.head_dim,))]
-        return [("out", s.dtype if alone else s.sums, (s.value_dim,)), ("lse", s.sums, ())]
-    if kind == Q_OUT:
-        return [("dq", s.travelling_sums, (s.head_dim,))]
-    bundle = [] if lowered.keep else [("q", s.dtype, (s.head_dim,))]
-    bundle += [("do", s.dtype, (s.value_dim,)), ("lse", s.sums, ()), ("delta", s.sums, ())]
-    return [*bundle, ("out", s.dtype, (s.value_dim,))] if s.needs_out else bundle
+def _describe(label: str, backward: bool, exchange: Exchange) -> str:
+    """Such as "at stage 2 of the ring forward for KV rows from rank 0".
 
-
-def _wire(lowered: Lowered, exchange: Exchange, shape: Shape) -> _Wire:
-    """Byte layout of one exchange on this rank; sender and receiver derive the same from the global tables."""
-
-    def layout(
-        messages: tuple[tuple[int, tuple[Item, ...]], ...],
-    ) -> tuple[list[int], list[tuple[int, list[tuple[Item, list[_Field]]]]]]:
-        splits, by_peer, start = [0] * lowered.num_ranks, [], 0
-        for peer, items in messages:
-            first, placed = start, []
-            for item in items:
-                fields = []
-                for name, dtype, width in _bundle(item.kind, lowered, shape, item.alone):
-                    size = (shape.batch, item.part.rows.count, item.part.h1 - item.part.h0, *width)
-                    stop = start + torch.Size(size).numel() * dtype.itemsize
-                    fields.append(_Field(name, start, stop, dtype, size))
-                    start = -(-stop // _ALIGNMENT) * _ALIGNMENT
-                placed.append((item, fields))
-            by_peer.append((peer, placed))
-            splits[peer] = start - first
-        return splits, by_peer
-
-    send_splits, departures = layout(exchange.sends)
-    receive_splits, sources = layout(exchange.receives)
-    arrivals = sorted((entry for _, placed in sources for entry in placed), key=lambda entry: entry[0].move)
-    return _Wire(send_splits, receive_splits, departures, sources, arrivals)
-
-
-def _num_fields(placed: list[tuple[Item, list[_Field]]]) -> int:
-    return sum(len(fields) for _, fields in placed)
-
-
-def _part_of(buffer: Tensor, splits: list[int], peer: int) -> Tensor:
-    start = sum(splits[:peer])
-    return buffer[start : start + splits[peer]]
+    A function, not a method: who waits for an exchange must not keep a whole execution's memory.
+    """
+    name = f"{label} backward" if backward else f"{label} forward"
+    wanted = [
+        f"{' and '.join(sorted({_KIND_NAMES[item.kind] for item in items}))} rows from rank {peer}"
+        for peer, items in exchange.receives
+    ]
+    return f"at stage {exchange.due} of the {name.strip()} for {', '.join(wanted or ['its rows to be taken'])}"
 
 
 def _take(tensor: Tensor, part: Part) -> Tensor:

@@ -95,6 +95,13 @@ class Layout:
         ptr = np.concatenate([[0], np.cumsum([len(x) for x in parts])])
         return Layout(self.name, self.num_rows, ptr, np.concatenate(parts))
 
+    def extended(self, num_ranks: int) -> Layout:
+        """The same shares on the first of ``num_ranks`` ranks; the others hold no rows."""
+        if num_ranks < self.num_ranks:
+            raise LayoutError(f"a layout over {self.num_ranks} ranks cannot be extended to {num_ranks}: give at least as many")
+        ptr = np.concatenate([self.ptr, np.full(num_ranks - self.num_ranks, self.ptr[-1])])
+        return Layout(self.name, self.num_rows, ptr, self.ranges)
+
     @classmethod
     def given(cls, ranges: Sequence[Iterable[tuple[int, int]]], *, name: str = "given") -> Layout:
         """The ranges of each rank as the caller has them (another framework's placement); empty ranges are dropped."""

@@ -19,6 +19,7 @@ import numpy as np
 import torch
 
 from distattn.mask import Mask
+from distattn.parallel.alone import gradients_alone, results_alone
 from distattn.parallel.csr import expand
 from distattn.parallel.program import (
     ATTEND_H0,
@@ -160,7 +161,8 @@ class Lowered:
     """See the module's docstring.
 
     last_work: after this time no rank computes or posts, so that only waiting is left. out_alone: the home query slot only
-    receives finished results and needs no carry. wire: message layouts by tensor shape, filled by the executor.
+    receives finished results and needs no carry. home_results: how many results the home query slot gets, from kernel calls and
+    from other ranks. wire: message layouts by tensor shape, filled by the executor.
     """
 
     rank: int
@@ -173,6 +175,7 @@ class Lowered:
     steps: tuple[Step, ...]
     exchanges: tuple[Exchange, ...]
     out_alone: bool
+    home_results: int = 0
     wire: dict = field(default_factory=dict, repr=False)
 
 
@@ -238,7 +241,7 @@ class _Lowering:
     def run(self, mask: Mask) -> Lowered:
         program = self.program
         arenas = self._arenas()
-        alone = _results_alone(program, self.heads) if not program.backward else np.zeros(len(self.moves), bool)
+        alone = gradients_alone(program) if program.backward else results_alone(program, self.heads)
         exchanges = self._exchanges(alone)
         self._groups(mask)
         home = 2 * self.rank
@@ -253,7 +256,8 @@ class _Lowering:
             arenas=arenas,
             steps=tuple(self.steps),
             exchanges=exchanges,
-            out_alone=bool(into_home.any() and alone[into_home].all()),
+            home_results=int(into_home.sum()) + sum(g.q_arena == HOME_Q for step in self.steps for g in step.groups),
+            out_alone=bool(not program.backward and into_home.any() and alone[into_home].all()),
         )
 
     def _locate(self, row_set: int, slot: int) -> np.ndarray:
@@ -284,7 +288,8 @@ class _Lowering:
             Arena(KV, p.kv_heads, int(p.key_layout.counts[rank])),
         ]
         birth, death = self._lifetimes()
-        used = np.flatnonzero((self.slots[:, SLOT_RANK] == rank) & (death >= 0))
+        # All slots where they are kept: those that the backward has no use for too, so that its arenas are the forward's.
+        used = np.flatnonzero((self.slots[:, SLOT_RANK] == rank) & ((death >= 0) | self.keep))
         used = used[(used != 2 * rank) & (used != 2 * rank + 1)]
         if self.keep:
             birth[used], death[used] = 0, NUM_PHASES * len(self.steps)
@@ -414,28 +419,3 @@ def _joined(gaps: list[tuple[int, int]], base: int, size: int) -> list[tuple[int
 
 def _by_peer(messages: dict[int, list[Item]]) -> tuple[tuple[int, tuple[Item, ...]], ...]:
     return tuple((peer, tuple(items)) for peer, items in sorted(messages.items()))
-
-
-def _results_alone(program: Program, heads: np.ndarray) -> np.ndarray:
-    """Which Moves bring a home its only result for those rows and heads, bool [m]; alike on every rank.
-
-    Decided for whole slots: nothing is computed in the slot itself, and no two results into it share rows and heads.
-    """
-    moves, slots = program.moves, program.slots
-    alone = moves[:, MOVE_KIND] == Q_OUT
-    alone &= moves[:, MOVE_DST] < 2 * program.num_ranks
-    computed = np.zeros(len(slots), bool)
-    computed[program.attends[:, ATTEND_Q]] = True
-    alone &= ~computed[moves[:, MOVE_DST]]
-    which = np.flatnonzero(alone)
-    sets = moves[which, MOVE_ROWS]
-    box, flat = expand(program.row_ptr[sets], program.row_ptr[sets + 1] - program.row_ptr[sets])
-    move = which[box]
-    dst, (h0, h1), (start, stop) = moves[move, MOVE_DST], heads[move].T, program.row_ranges[flat].T
-    order = np.lexsort((start, h1, h0, dst))
-    dst, h0, h1, start, stop = (x[order] for x in (dst, h0, h1, start, stop))
-    same_heads = (dst[1:] == dst[:-1]) & (h0[1:] == h0[:-1]) & (h1[1:] == h1[:-1])
-    shares_rows = same_heads & (start[1:] < stop[:-1])
-    shares_heads = ~same_heads & (dst[1:] == dst[:-1]) & (h0[1:] < h1[:-1])
-    alone &= ~np.isin(moves[:, MOVE_DST], dst[1:][shares_rows | shares_heads])
-    return alone

@@ -47,11 +47,22 @@ MOVE_KIND, MOVE_SRC, MOVE_DST, MOVE_ROWS, MOVE_ISSUE, MOVE_DUE = range(6)
 ATTEND_STAGE, ATTEND_Q, ATTEND_KV, ATTEND_Q_ROWS, ATTEND_KV_ROWS, ATTEND_H0, ATTEND_H1 = range(7)
 
 
+@dataclass(frozen=True)
+class RoundBudget:
+    """num_bytes: most that a rank sends, and receives, in the transfers of one stage, for heads of ``head_dim`` features of
+    ``element_bytes`` each and batch 1."""
+
+    num_bytes: int
+    head_dim: int
+    element_bytes: int
+
+
 @dataclass(frozen=True, eq=False)
 class Program:
     """See the module's docstring. ``backward`` marks a program derived by ``derive_backward``.
 
-    layout: of the queries, and of the keys where ``keys`` is None; keys: the keys' own layout, in cross attention.
+    layout: of the queries, and of the keys where ``keys`` is None; keys: the keys' own layout, in cross attention. rounds: the
+    budget that its transfers keep, and its backward's are to keep; None: no budget.
     """
 
     heads: int
@@ -67,6 +78,7 @@ class Program:
     keep: bool = False
     version: int = VERSION
     keys: Layout | None = None
+    rounds: RoundBudget | None = None
 
     def __post_init__(self) -> None:
         for name, columns in (("row_ranges", 2), ("slots", 5), ("moves", 6), ("attends", 7)):
@@ -103,6 +115,8 @@ class Program:
         h.update(self.layout.digest.encode())
         if self.keys is not None:
             h.update(self.keys.digest.encode())
+        if self.rounds is not None:
+            h.update(repr(self.rounds).encode())
         for table in (self.row_ptr, self.row_ranges, self.slots, self.moves, self.attends):
             h.update(table.tobytes())
         return h.hexdigest()
@@ -180,13 +194,15 @@ class ProgramBuilder:
         row_ptr = np.concatenate([[0], np.cumsum(lengths)])
         moves = np.concatenate([np.zeros((0, 6), np.int64), *self._moves])
         attends = np.concatenate([np.zeros((0, 7), np.int64), *self._attends])
-        moves = moves[lengths[moves[:, MOVE_ROWS]] > 0]
+        filled = lengths[moves[:, MOVE_ROWS]] > 0
+        moves = moves if filled.all() else moves[filled]
         attends = attends[
             (lengths[attends[:, ATTEND_Q_ROWS]] > 0)
             & (lengths[attends[:, ATTEND_KV_ROWS]] > 0)
             & (attends[:, ATTEND_H0] < attends[:, ATTEND_H1])
         ]
-        moves = moves[np.lexsort((moves[:, MOVE_DUE], moves[:, MOVE_ISSUE]))]
+        latest = int(moves[:, MOVE_DUE].max(initial=0)) + 1
+        moves = moves.take(np.argsort(moves[:, MOVE_ISSUE] * latest + moves[:, MOVE_DUE], kind="stable"), 0)
         attends = attends[np.argsort(attends[:, ATTEND_STAGE], kind="stable")]
         stages = max(int(attends[:, ATTEND_STAGE].max(initial=-1)) + 1, int(moves[:, MOVE_DUE].max(initial=0)))
         return Program(

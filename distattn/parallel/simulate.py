@@ -9,7 +9,8 @@ computes stage t. What is assumed:
   node and its next neighbour, as collectives do, so that an all-to-all does not queue at rank 0.
 - Kernels run at one rate whatever their tiles, and every stage that computes pays one launch; with measured rates they take
   what ``kernel_time`` says. Transfers cost the kernels nothing. Adding up what arrives takes its bytes three times over the
-  device's memory. Other copies within a rank and the host's work are free.
+  device's memory; packing some of a slot's heads, and placing some of its rows or heads, twice.
+- The host's work counts where it is longer than all the device's.
 """
 
 from __future__ import annotations
@@ -20,11 +21,28 @@ from typing import TYPE_CHECKING, Literal
 import numpy as np
 
 from distattn.kernels import BACKENDS
+from distattn.kernels.fresh import gives_input_dtype
 from distattn.parallel import kernel_time
-from distattn.parallel.cost import M_BYTES, M_DST, M_DUE, M_ISSUE, M_SRC, Cost, Shape, count
+from distattn.parallel.cost import M_BYTES, M_DST, M_DUE, M_ISSUE, M_SRC, Cost, Shape, count, move_bytes
 from distattn.parallel.csr import segment_starts
 from distattn.parallel.hardware import Hardware
-from distattn.parallel.program import Program
+from distattn.parallel.program import (
+    ATTEND_Q,
+    ATTEND_STAGE,
+    KV_IN,
+    MOVE_DST,
+    MOVE_DUE,
+    MOVE_ISSUE,
+    MOVE_KIND,
+    MOVE_ROWS,
+    MOVE_SRC,
+    Q_IN,
+    SLOT_H0,
+    SLOT_H1,
+    SLOT_RANK,
+    SLOT_ROWS,
+    Program,
+)
 
 if TYPE_CHECKING:
     from distattn.mask import Mask
@@ -71,7 +89,8 @@ class Timeline:
 class Prediction:
     """A Program's costs and its timeline on ``hardware``.
 
-    seconds: when the last rank is done. ideal_seconds: all work spread evenly at the kernel's rate. free_links_seconds: the
+    seconds: when the last rank is done, if its host keeps ahead of it. host_seconds: what the busiest host takes to start all
+    of it. ideal_seconds: all work spread evenly at the kernel's rate. free_links_seconds: the
     same timeline with transfers that take no time, so that what it takes beyond the ideal is imbalance and launches.
     """
 
@@ -82,6 +101,7 @@ class Prediction:
     seconds: float
     ideal_seconds: float
     free_links_seconds: float
+    host_seconds: float = 0.0
 
     @property
     def exposed_communication_seconds(self) -> float:
@@ -126,20 +146,21 @@ def predict(
     value_dim = head_dim if value_dim is None else value_dim
     width = max(head_dim, value_dim)
     if price is None:
-        price = kernel_time.price(mask, hardware, program.group_size, width, backward=program.backward)
+        price = kernel_time.price(mask, hardware, program.heads, width, backward=program.backward)
     needs_out = hardware.needs_out if price is None else BACKENDS[price.backend].needs_out
-    shape = Shape(head_dim, value_dim, str(dtype).removeprefix("torch."), needs_out)
+    narrow = hardware.name != "cpu" if price is None else gives_input_dtype(BACKENDS[price.backend])
+    shape = Shape(head_dim, value_dim, str(dtype).removeprefix("torch."), needs_out, narrow)
     cost = count(program, mask, shape)
     rate = hardware.flops_per_second(backward=program.backward)
     if price is None:
         compute = cost.flops / rate + (cost.flops > 0) * hardware.launch_us * 1e-6
         ideal_seconds = float(cost.flops.sum()) / rate / program.num_ranks
     else:
-        compute = kernel_time.stage_seconds(program, cost.attend_area, price)
+        compute = kernel_time.stage_seconds(program, mask, cost.attend_area, price)
         rows = mask.num_queries * program.heads
         ideal_seconds = (price.call_s + rows * price.row_s + cost.area * price.pair_s) / program.num_ranks
-    # What arrives at time t is added before stage t; what comes last prolongs the last stage that there is.
-    absorb = 3 * cost.absorbed_bytes / (hardware.copy_gb_per_second * 1e9)
+    # What arrives at time t is added, and what leaves then packed, before stage t; the last of it comes after all stages.
+    absorb = (3 * cost.absorbed_bytes + 2 * _copied_bytes(program, shape)) / (hardware.copy_gb_per_second * 1e9)
     compute = compute + absorb[:, :-1]
     sources, destinations, sizes = (cost.messages[:, column] for column in (M_SRC, M_DST, M_BYTES))
     line = simulate(compute, cost.messages, hardware.transfer_seconds(sources, destinations, sizes), hardware)
@@ -152,7 +173,42 @@ def predict(
         seconds=line.seconds + float(absorb[:, -1].max()),
         ideal_seconds=ideal_seconds,
         free_links_seconds=free.seconds + float(absorb[:, -1].max()),
+        host_seconds=_host_seconds(program, hardware),
     )
+
+
+def total_seconds(forward: Prediction, backward: Prediction) -> float:
+    """Of a forward and its backward: the device's time, or the host's where that is longer even with its head start."""
+    host = forward.host_seconds + backward.host_seconds - 1e-6 * forward.hardware.host_ahead_us
+    return max(forward.seconds + backward.seconds, host)
+
+
+def _copied_bytes(program: Program, shape: Shape) -> np.ndarray:
+    """Bytes that are packed before they leave, since they are some of a slot's heads, and copied to their place where they are
+    some of a slot's rows or heads; int64 [P, S + 1] by rank and the time when this is done."""
+    moves, slots, heads = program.moves, program.slots, program.move_heads()
+    size = move_bytes(program, shape)
+    out = np.zeros((program.num_ranks, program.num_stages + 1), np.int64)
+    src, dst = moves[:, MOVE_SRC], moves[:, MOVE_DST]
+    some_heads = [(heads != slots[slot][:, [SLOT_H0, SLOT_H1]]).any(1) for slot in (src, dst)]
+    some_rows = program.row_counts[moves[:, MOVE_ROWS]] != program.row_counts[slots[dst, SLOT_ROWS]]
+    np.add.at(out, (slots[src, SLOT_RANK], moves[:, MOVE_ISSUE]), size * some_heads[0])
+    placed = np.isin(moves[:, MOVE_KIND], (Q_IN, KV_IN)) & (some_heads[1] | some_rows)
+    np.add.at(out, (slots[dst, SLOT_RANK], moves[:, MOVE_DUE]), size * placed)
+    return out
+
+
+def _host_seconds(program: Program, hardware: Hardware) -> float:
+    """Of the rank whose host has most to do."""
+    moves, slots = program.moves, program.slots
+    src, dst = slots[moves[:, MOVE_SRC], SLOT_RANK], slots[moves[:, MOVE_DST], SLOT_RANK]
+    crossing = src != dst
+    ends = np.bincount(np.concatenate([src, dst[crossing]]), minlength=program.num_ranks)
+    exchanges = len(np.unique(moves[crossing][:, [MOVE_ISSUE, MOVE_DUE]], axis=0))
+    stages = program.attends[:, ATTEND_STAGE] * program.num_ranks + slots[program.attends[:, ATTEND_Q], SLOT_RANK]
+    calls = np.bincount(np.unique(stages) % program.num_ranks, minlength=program.num_ranks)
+    busiest = float((ends * hardware.host_message_us + calls * hardware.host_call_us).max(initial=0.0))
+    return 1e-6 * (busiest + exchanges * hardware.host_exchange_us)
 
 
 def simulate(compute: np.ndarray, messages: np.ndarray, transfer: np.ndarray, hardware: Hardware) -> Timeline:

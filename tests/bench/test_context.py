@@ -13,16 +13,19 @@ import pytest
 import torch
 
 from distattn.bench.calibrate_links import fit_line
-from distattn.bench.context import choose_cases, choose_engines
+from distattn.bench.context import choose_cases, choose_engines, choose_ranks, make_jobs, report_paths
 from distattn.bench.context_cases import Case, check_mask, longca_cases, target_cases
 from distattn.bench.context_peers import Ranks, Refused, dense_mask, ringmaster_ulysses, torch_ring
-from distattn.bench.context_predict import add_predictions, predict_case, prices_of
+from distattn.bench.context_predict import add_forecasts, add_predictions, find_program, predict_case, prices_of
 from distattn.bench.context_profile import summarise
-from distattn.bench.context_report import IDEAL, Report, plot, speedups, table, tflops
+from distattn.bench.context_ranks import Data, ideal_parts, part_of, relative
+from distattn.bench.context_report import IDEAL, Report, auto_losses, markdown, plot, speedups, table, tflops
 from distattn.bench.masks import LONGCA_MASKS
 from distattn.bench.scaling import table as scaling_table
 from distattn.errors import ConfigError
 from distattn.parallel.hardware import HARDWARE
+from distattn.parallel.schedulers import SCHEDULERS
+from distattn.parallel.schedulers.auto import choose_layout
 
 ENVIRONMENT = {"device": "cpu", "commit": "c", "torch": "t", "ranks": 2, "kernel": "auto"}
 
@@ -61,6 +64,10 @@ def test_rates_and_shares(tmp_path: Path) -> None:
     assert f"failed {case}|usp: boom" in text
     assert "geometric mean 1.20" in text
     assert "auto took ring for" in text
+    page = markdown(made)
+    assert "| case | one GPU, TFLOP/s | `auto` | `ring` | `torch_ring` |" in page.replace("`ring` | `auto`", "`auto` | `ring`")
+    assert "**1.000**" in page
+    assert auto_losses(made) == {case: (pytest.approx(6 / 5 - 1), "ring")}
     plot(made, tmp_path / "p.png")
     assert (tmp_path / "p.png").stat().st_size > 1000
 
@@ -100,6 +107,10 @@ def test_bad_options_are_refused(arguments: tuple[str, str, str, str], message: 
         choose_cases(*arguments, 2, quick=False)
     with pytest.raises(ConfigError, match="unknown engine 'warp'"):
         choose_engines("ring,warp")
+    for name in ("torch_ring+symmetric", "ring+pigeons", "ring+"):
+        with pytest.raises(ConfigError, match=r"strategies may end in \+collective or \+symmetric or \+keep"):
+            choose_engines(name)
+    assert choose_engines("ring+symmetric+keep") == ["ring+symmetric+keep"]
 
 
 def test_options_choose_cases() -> None:
@@ -107,6 +118,60 @@ def test_options_choose_cases() -> None:
     small = choose_cases("longca", "full", "64,128", "4:2:16", 2, quick=False)
     assert [(case.tokens, case.heads, case.kv_heads, case.head_dim) for case in small] == [(128, 4, 2, 16), (256, 4, 2, 16)]
     assert len(choose_cases("all", "", "64,128", "", 2, quick=True)) == len(target_cases()) + 4
+
+
+def test_several_numbers_of_ranks_share_a_command(tmp_path: Path) -> None:
+    assert choose_ranks("4,1,2", "cpu") == [1, 2, 4]
+    assert choose_ranks("", "cpu") == [2]
+    with pytest.raises(ConfigError, match="2 does not divide 3"):
+        choose_ranks("2,3", "cpu")
+    paths = report_paths(tmp_path / "c.json", [1, 2])
+    assert [path.name for path in paths.values()] == ["c-x1.json", "c-x2.json"]
+    assert report_paths(tmp_path / "c.json", [2]) == {2: tmp_path / "c.json"}
+    chosen = {size: longca_cases(size, 64, ["causal", "full"]) for size in (1, 2)}
+    reports = {size: Report.begin(path, {**ENVIRONMENT, "ranks": size}) for size, path in paths.items()}
+    jobs = make_jobs(chosen, reports, ["ring", "usp"], ["usp"])
+    assert [(job.ranks, job.case["mask"], job.engines) for job in jobs] == [
+        (2, "causal", ["ring"]), (1, "causal", [IDEAL]), (2, "full", ["ring"]), (1, "full", [IDEAL]),
+        (2, "causal", ["usp"]), (1, "causal", [IDEAL]), (2, "full", ["usp"]), (1, "full", [IDEAL]),
+    ]  # fmt: skip
+
+
+def test_one_device_does_a_share_of_the_heads_where_all_would_take_long() -> None:
+    case = Case("causal", 262144)
+    assert ideal_parts(Data(case, case.build(), ())) == 8  # type: ignore[arg-type]
+    assert (part_of(case, 8).heads, part_of(case, 8).kv_heads) == (8, 1)
+    short = Case("causal", 16384)
+    assert ideal_parts(Data(short, short.build(), ())) == 1  # type: ignore[arg-type]
+
+
+def test_a_rank_without_rows_is_not_wrong() -> None:
+    nothing, ones = torch.zeros(1, 0, 2, 4), torch.ones(1, 3, 2, 4)
+    assert relative(nothing, nothing) == 0
+    assert relative(0 * ones, 0 * ones) == 0
+    assert relative(ones, 0 * ones) == float("inf")
+    assert relative(ones, 2 * ones) == pytest.approx(0.5)
+    assert not relative(ones * float("nan"), ones) <= 1
+
+
+def test_groups_that_do_the_same_at_once_count_each_for_itself() -> None:
+    cell = measured(2, 3) | {"copies": 2}
+    assert tflops(cell, "forward") == pytest.approx(2 * 4e9 / 4.2 / 1e9)
+
+
+def test_forecasts_need_no_measurement(tmp_path: Path) -> None:
+    made = report(tmp_path, {})
+    case = Case("causal", 4096, 8, 8)
+    add_forecasts(made, [case], ["ring", "auto", "ring+collective", "torch_ring"], HARDWARE["h100"])
+    cells = {key.split("|")[1]: cell for key, cell in made.results.items()}
+    assert set(cells) == {"ring", "auto", "ring+collective"}, "nothing is said of peers"
+    assert cells["ring"]["forecast_ms"] > cells["ring"]["ideal_ms"] > 0
+    assert cells["auto"]["forecast_ms"] <= cells["ring"]["forecast_ms"]
+    mask = case.build()
+    program = find_program(cells["ring"]["program"], case, mask, "ring", 2, HARDWARE["h100"])
+    assert program is not None
+    assert program.digest == cells["ring"]["program"]
+    assert find_program("another", case, mask, "ring", 2, HARDWARE["h100"]) is None
 
 
 def test_peers_say_what_they_do_not_do() -> None:
@@ -125,14 +190,17 @@ def test_peers_say_what_they_do_not_do() -> None:
 def test_a_prediction_starts_from_the_ideal(tmp_path: Path) -> None:
     hardware = HARDWARE["h100"]
     case = target_cases()[0]
-    cells = {IDEAL: measured(8, 20), "ring": measured(4.4, 10.6), "torch_ring": measured(5, 11)}
+    mask = case.build()
+    program = SCHEDULERS["ring"].plan(mask, choose_layout(mask, 2, "ring").layout, case.heads, case.kv_heads)
+    cells = {IDEAL: measured(8, 20), "ring": measured(4.4, 10.6), "torch_ring": measured(5, 11), "auto": measured(5, 11)}
+    cells["ring"]["details"]["program"], cells["auto"]["details"]["program"] = program.digest, "of an older version"
     made = report(tmp_path, cells)
     add_predictions(made, [case], hardware)
     assert "predicted_ms" not in made.cell(case.name, "torch_ring")
+    assert "predicted_ms" not in made.cell(case.name, "auto"), "what was run is not known any more"
     predicted = made.cell(case.name, "ring")["predicted_ms"]
     assert 1.1 * 28 / 2 < predicted < 1.15 * 1.1 * 28 / 2, "half the slowest device's time, and what a ring adds"
     assert "predicted against measured, 1 cells" in table(made)
-    mask = case.build()
     prices = prices_of(cells[IDEAL], case, mask, hardware)
     alone = predict_case(case, mask, "ring", 1, hardware, prices)
     assert 1e3 * alone.seconds == pytest.approx(1.1 * 28, rel=0.02)
@@ -167,7 +235,7 @@ def test_the_scaling_table_marks_the_best() -> None:
 
 def bench(path: Path, *options: str) -> subprocess.CompletedProcess[str]:
     command = [
-        sys.executable, "-m", "distattn", "bench", "context", "--json", str(path), "--device", "cpu", "--ranks", "2",
+        sys.executable, "-m", "distattn", "bench", "context", "--json", str(path), "--device", "cpu", "--ranks", "1,2",
         "--cases", "longca", "--tokens", "64", "--heads", "4:2:8", "--seconds", "0.001", "--commit", "c", *options,
     ]  # fmt: skip
     return subprocess.run(command, capture_output=True, text=True, check=False, timeout=240)
@@ -179,8 +247,12 @@ def test_on_gloo(tmp_path: Path) -> None:
     done = bench(path, "--masks", "causal_document,sliding_window", "--plot", str(tmp_path / "context.png"))
     assert done.returncode == 0, done.stdout + done.stderr
     assert "share of the ideal" in done.stdout
-    assert (tmp_path / "context.png").exists()
-    results = json.loads(path.read_text())["results"]
+    assert (tmp_path / "context-x2.png").exists()
+    both = tmp_path / "context-x2.json"
+    results = json.loads(both.read_text())["results"]
+    assert json.loads((tmp_path / "context-x1.json").read_text())["results"].keys() == {
+        f"{mask} 64 4:2 D8|{IDEAL}" for mask in ("causal_document", "sliding_window")
+    }
     for key, cell in results.items():
         if key.endswith(("|torch_ring", "|torch_flex", "|deepspeed_ulysses")):
             assert cell["refused"]
@@ -190,7 +262,7 @@ def test_on_gloo(tmp_path: Path) -> None:
             assert len(cell["total_ms"]) == 2
             assert len(cell["total_ms"][0]) >= 3
     assert sum(key.endswith("|ring") for key in results) == 2
-    before = path.read_text()
+    before = both.read_text()
     again = bench(path, "--masks", "causal_document,sliding_window")
     assert again.returncode == 0
-    assert json.loads(path.read_text())["results"] == json.loads(before)["results"]
+    assert json.loads(both.read_text())["results"] == json.loads(before)["results"]

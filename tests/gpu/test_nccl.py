@@ -38,24 +38,56 @@ def run_exact(rank: int, world: int) -> list[tuple[str, float]]:
             )  # fmt: skip
             assert made.transport is not None
             # In parts messages travel where the communicator exists from the start; here both ranks take part in every one.
-            for split, made.transport.takes_parts in ((False, False), (True, False), (False, True), (True, True)):
-                ql, kl, vl = (made.shard(x).requires_grad_() for x in (q, k, v))
-                if split:
-                    handle = attention_begin(ql, kl, vl, made, return_lse=True)
-                    attention_compute(handle)
-                    out, lse = attention_finish(handle)
-                else:
-                    out, lse = attention(ql, kl, vl, made, return_lse=True)
-                out.backward(made.shard(do))
-                got = [x.cpu() for x in (out.detach(), lse.detach(), ql.grad, kl.grad, vl.grad) if x is not None]
-                worst = max((x - y[:, made.positions]).abs().max().item() for x, y in zip(got, want, strict=True))
-                errors.append((f"{strategy} {name} split={split} parts={made.transport.takes_parts}", worst))
+            for split, parts in ((False, False), (True, False), (False, True), (True, True)):
+                made.transport.takes_parts = parts
+                worst = error_of(made, (q, k, v, do), want, split=split)
+                errors.append((f"{strategy} {name} split={split} parts={parts}", worst))
     return errors
+
+
+def error_of(made: Plan, tensors: tuple[torch.Tensor, ...], want: tuple[torch.Tensor, ...], *, split: bool) -> float:
+    """Largest absolute error of this rank's rows of out, lse, dq, dk, dv."""
+    ql, kl, vl = (made.shard(x).requires_grad_() for x in tensors[:3])
+    if split:
+        handle = attention_begin(ql, kl, vl, made, return_lse=True)
+        attention_compute(handle)
+        out, lse = attention_finish(handle)
+    else:
+        out, lse = attention(ql, kl, vl, made, return_lse=True)
+    out.backward(made.shard(tensors[3]))
+    got = [x.cpu() for x in (out.detach(), lse.detach(), ql.grad, kl.grad, vl.grad) if x is not None]
+    return max((x - y[:, made.positions]).abs().max().item() for x, y in zip(got, want, strict=True))
 
 
 def test_fp64_is_exact() -> None:
     for errors in run_ranks(run_exact, WORLD, backend="nccl", timeout_s=240):
         assert {name: error for name, error in errors if not error < 1e-10} == {}
+
+
+def run_symmetric(rank: int, world: int) -> tuple[list[tuple[str, float]], str]:
+    """The same through symmetric memory: lengths that grow, so that slots do, and calls in a row, so that slots are reused."""
+    errors = []
+    made: Plan | None = None
+    for n in (37, 301):
+        for name, mask in {"causal": Mask.causal(n), "documents": Mask.documents([5, 1, 19, n - 25])}.items():
+            tensors = inputs(n, HEADS, KV_HEADS, 8, 8, batch=2)
+            want = oracle(*tensors, mask)
+            on_gpu = tuple(x.cuda() for x in tensors)
+            for strategy in SCHEDULERS:
+                made = plan(
+                    mask, heads=HEADS, kv_heads=KV_HEADS, head_dim=8, group=dist.group.WORLD, strategy=strategy,
+                    kernel="reference", transport="symmetric",
+                )  # fmt: skip
+                for split in (False, True, False):
+                    errors.append((f"{strategy} {name} {n} split={split}", error_of(made, on_gpu, want, split=split)))
+    assert made is not None
+    return errors, made.describe()
+
+
+def test_symmetric_memory_is_exact() -> None:
+    for errors, text in run_ranks(run_symmetric, WORLD, backend="nccl", timeout_s=240):
+        assert {name: error for name, error in errors if not error < 1e-10} == {}
+        assert "symmetric (given)" in text
 
 
 def run_bf16(rank: int, world: int) -> dict[str, list[tuple[float, float]]]:
@@ -98,16 +130,17 @@ def test_bf16_is_as_good_as_plain_torch() -> None:
                 assert ours <= 2 * plain, f"{strategy} {name}: {ours} against {plain}"
 
 
-def run_oversleep(rank: int, world: int) -> tuple[str, float]:
+def run_oversleep(rank: int, world: int, transport: str) -> tuple[str, float]:
     """Rank 0 stays out of a transfer: rank 1's host must not block for ever."""
     mask = Mask.causal(256)
-    shape: dict[str, Any] = {"heads": HEADS, "kv_heads": KV_HEADS, "head_dim": 64, "strategy": "ring"}
+    shape: dict[str, Any] = {"heads": HEADS, "kv_heads": KV_HEADS, "head_dim": 64, "strategy": "ring", "transport": transport}
     made = plan(mask, group=dist.group.WORLD, **shape)
     q, k, v = (x.cuda().bfloat16() for x in inputs(256, HEADS, KV_HEADS, 64, 64)[:3])
     attention(made.shard(q), made.shard(k), made.shard(v), made)
+    late = plan(mask, group=dist.group.WORLD, timeout_s=3.0, **shape)
+    attention(late.shard(q), late.shard(k), late.shard(v), late)
     torch.cuda.synchronize()
     dist.barrier()
-    late = plan(mask, group=dist.group.WORLD, timeout_s=3.0, **shape)
     if rank == 0:
         time.sleep(15)
         return "", 0.0
@@ -124,8 +157,9 @@ def call_until(deadline: float, made: Plan, q: torch.Tensor, k: torch.Tensor, v:
         torch.cuda.synchronize()
 
 
-def test_a_rank_that_oversleeps_is_named() -> None:
-    message, seconds = run_ranks(run_oversleep, WORLD, backend="nccl", timeout_s=120)[1]
+@pytest.mark.parametrize("transport", ["collective", "symmetric"])
+def test_a_rank_that_oversleeps_is_named(transport: str) -> None:
+    message, seconds = run_ranks(run_oversleep, WORLD, transport, backend="nccl", timeout_s=120)[1]
     assert "of the ring forward for KV rows from rank 0" in message
     assert "ranks not seen waiting: 0" in message
     assert seconds < 15

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import pytest
@@ -14,9 +15,12 @@ from distattn.kernels.softmax.launched import Inputs, Launch, LaunchedBackend
 from distattn.kernels.tiles import Piece, head_spans, windows
 from distattn.mask import Mask
 from distattn.parallel.backward import derive_backward
+from distattn.parallel.cost import Shape, count
 from distattn.parallel.in_process import run_in_process
 from distattn.parallel.layout import Layout
 from distattn.parallel.schedulers import SCHEDULERS
+from distattn.parallel.transport.base import Message
+from distattn.parallel.transport.mailbox import MailboxEndpoint
 from tests.parallel.cases import inputs, oracle
 
 
@@ -74,6 +78,20 @@ class Launched(LaunchedBackend):
         return s.masked_fill(~allowed, float("-inf"))
 
 
+class Rounding(Launched):
+    """Computes in fp32 and gives results in the input dtype, as vendor kernels do."""
+
+    def forward(self, launch: Launch, x: Inputs, scale: float, softcap: float | None) -> tuple[Tensor, Tensor]:
+        out, lse = super().forward(launch, self._in_fp32(x), scale, softcap)
+        return out.to(x.q.dtype), lse
+
+    def backward(self, launch: Launch, x: Inputs, scale: float, softcap: float | None) -> tuple[Tensor, ...]:
+        return tuple(g.to(x.q.dtype) for g in super().backward(launch, self._in_fp32(x), scale, softcap))
+
+    def _in_fp32(self, x: Inputs) -> Inputs:
+        return Inputs(*(None if y is None else y.float() for y in x))  # type: ignore[arg-type]
+
+
 MASKS = {
     "causal": Mask.causal(48),
     "full": Mask.full(48, 48),
@@ -101,8 +119,8 @@ def test_what_is_written_whole_is_not_added_to() -> None:
     program = SCHEDULERS["ring"].plan(mask, Layout.contiguous(32, 2), 2, 2)
     backward = derive_backward(program, keep=True)
     run_in_process(program, mask, *inputs(32, 2, 2), backend=backend, backward_program=backward, poison=True)
-    # Of two calls a rank the forward's second adds to the carry; in the backward dk and dv are new to each call.
-    assert backend.added == 2
+    # The forward's second result is merged into the first; in the backward dk and dv are new to each call.
+    assert backend.added == 0
 
 
 def test_backends_that_add_find_cleared_sums() -> None:
@@ -111,3 +129,28 @@ def test_backends_that_add_find_cleared_sums() -> None:
     found = run_in_process(program, mask, *tensors, backend=BACKENDS["reference"], poison=True)
     assert found.dk is not None
     torch.testing.assert_close(found.dk, oracle(*tensors, mask)[3], atol=1e-10, rtol=0)
+
+
+@pytest.mark.parametrize("strategy", ["ring", "all_gather", "ulysses"])
+def test_gradients_of_one_kernel_travel_in_its_dtype(strategy: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Half the bytes, and the same result to the last bit as through fp32; what is counted is what is sent."""
+    mask = Mask.full(32, 32)
+    tensors = [x.bfloat16() for x in inputs(32, 4, 4, 8, 8)]
+    program = SCHEDULERS[strategy].plan(mask, Layout.contiguous(32, 2), 4, 4)
+    sent: list[int] = []
+    post = MailboxEndpoint.post
+
+    def counted(self: MailboxEndpoint, message: Message) -> Any:
+        sent[-1] += message.send.numel()
+        return post(self, message)
+
+    monkeypatch.setattr(MailboxEndpoint, "post", counted)
+    found = []
+    for reduce_dtype in (None, torch.float32):
+        sent.append(0)
+        found.append(run_in_process(program, mask, *tensors, backend=Rounding(), poison=True, reduce_dtype=reduce_dtype))
+    for name in ("dq", "dk", "dv"):
+        assert torch.equal(getattr(found[0], name).bfloat16(), getattr(found[1], name).bfloat16()), name
+    shape = Shape(8, 8, "bfloat16", needs_out=True, narrow=True)
+    assert sent[0] == sum(int(count(p, mask, shape).traffic.sum()) for p in (program, derive_backward(program)))
+    assert sent[0] < sent[1]

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from distattn.kernels.merge import empty_carry, finish, merge_outputs, merge_partial
+from distattn.kernels.merge import empty_carry, finish, merge_finished, merge_outputs, merge_partial
 from distattn.kernels.protocol import Carry
 
 INF, NAN = float("inf"), float("nan")
@@ -112,3 +112,18 @@ def test_the_error_of_merged_bf16_partials_does_not_grow_with_their_number() -> 
         out, _ = finish(carry, torch.bfloat16)
         errors.append(((out[0, :, 0].double() - want).norm() / want.norm()).item())
     assert errors[1] < 1.2 * errors[0]
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_finished_results_are_merged_in_place_and_rounded_once(dtype: torch.dtype) -> None:
+    generator = torch.Generator().manual_seed(1)
+    out, other = (torch.randn(2, 5, 3, 8, generator=generator, dtype=torch.float64).to(dtype) for _ in range(2))
+    lse, other_lse = (10 * torch.randn(2, 3, 5, generator=generator, dtype=torch.float64) for _ in range(2))
+    lse, other_lse = (
+        x.to(torch.float64 if dtype == torch.float64 else torch.float32).transpose(1, 2) for x in (lse, other_lse)
+    )
+    wanted = merge_outputs(out, lse, other, other_lse)
+    merge_finished(out, lse, other, other_lse)
+    assert out.dtype == dtype
+    torch.testing.assert_close(out, wanted[0].to(dtype), rtol=0, atol=1e-12 if dtype == torch.float64 else 1e-2)
+    torch.testing.assert_close(lse, wanted[1], rtol=1e-6, atol=1e-6)

@@ -12,7 +12,6 @@ from distattn.errors import TransportError
 from distattn.kernels import BACKENDS
 from distattn.mask import Mask
 from distattn.parallel.backward import derive_backward
-from distattn.parallel.executor import Shape, _bundle
 from distattn.parallel.in_process import InProcessResult, run_in_process
 from distattn.parallel.layout import Layout
 from distattn.parallel.lowering import HOME_KV, Lowered, locate, lower, share_rows
@@ -20,6 +19,7 @@ from distattn.parallel.program import KV, KV_IN, Q_IN, Q_OUT, Program, ProgramBu
 from distattn.parallel.schedulers import SCHEDULERS
 from distattn.parallel.transport.base import Message
 from distattn.parallel.transport.mailbox import Mailbox
+from distattn.parallel.wire import Shape, bundle_of
 from tests.parallel.cases import inputs, oracle, random_cross_mask, random_layout, random_mask, random_options
 
 REFERENCE = BACKENDS["reference"]
@@ -189,7 +189,7 @@ def test_a_home_that_computes_merges_what_it_receives() -> None:
     lowered = lower(program, mask, 0)
     shape = Shape(1, 4, 4, torch.bfloat16, needs_out=False)
     assert not lowered.out_alone
-    assert [_bundle(Q_OUT, lowered, shape, alone)[0][1] for alone in (False, True)] == [torch.float32, torch.bfloat16]
+    assert [bundle_of(Q_OUT, lowered, shape, alone)[0][1] for alone in (False, True)] == [torch.float32, torch.bfloat16]
 
 
 GLOBAL_ROWS = 16

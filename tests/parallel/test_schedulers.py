@@ -30,7 +30,7 @@ from distattn.parallel.program import (
 )
 from distattn.parallel.schedulers import SCHEDULERS, find_scheduler
 from distattn.parallel.schedulers.all_gather import AllGatherOptions
-from distattn.parallel.schedulers.auto import TIE, choose_layout, choose_strategy
+from distattn.parallel.schedulers.auto import TIE, WORTH_OPTIONS, choose_layout, choose_strategy
 from distattn.parallel.schedulers.double_ring import DoubleRingOptions
 from distattn.parallel.schedulers.options import parse_options
 from distattn.parallel.schedulers.ring import RingOptions
@@ -304,9 +304,23 @@ def test_auto_names_every_candidate_and_the_winner_is_the_best() -> None:
         assert name in choice.table
     best = min(choice.predicted_seconds.values())
     label = choice.table.splitlines()[0].split("  ")[0]
-    assert choice.predicted_seconds[label] <= TIE * best
+    assert (1 - WORTH_OPTIONS) * choice.predicted_seconds[label] <= TIE * best
     assert "least predicted forward + backward time on h100" in choice.reason
     choice.program.verify(mask)
+
+
+def test_auto_takes_other_options_only_where_they_save_enough() -> None:
+    for mask in (Mask.causal(131072), Mask.causal(16384)):
+        choice = choose_strategy(mask, 2, 16, 16, head_dim=128)
+        seconds = choice.predicted_seconds
+        usual = min(seconds[label] for label in seconds if " " not in label.rpartition(", ")[0])
+        saved = 1 - min(seconds.values()) / usual
+        label = choice.table.splitlines()[0].split("  ")[0]
+        if saved < WORTH_OPTIONS:
+            assert " " not in label.rpartition(", ")[0]
+            assert saved == 0 or "less than the 10% to trust" in choice.reason
+        else:
+            assert seconds[label] <= TIE * min(seconds.values())
 
 
 def test_auto_moves_queries_only_where_there_are_as_many_kv_heads() -> None:

@@ -11,10 +11,11 @@ from distattn.errors import ConfigError
 from distattn.mask import Mask
 from distattn.parallel import kernel_time
 from distattn.parallel.backward import derive_backward
+from distattn.parallel.cost import Shape, count
 from distattn.parallel.hardware import HARDWARE, Hardware, calibrated, find_hardware, hardware_here
 from distattn.parallel.layout import Layout
 from distattn.parallel.schedulers import SCHEDULERS, all_gather, ring
-from distattn.parallel.simulate import Timeline, predict, simulate
+from distattn.parallel.simulate import Timeline, predict, simulate, total_seconds
 
 # One FLOP and one byte take a second.
 UNIT = Hardware(
@@ -205,8 +206,20 @@ def test_adding_up_costs_memory_bandwidth():
     backward = derive_backward(ring.plan(mask, Layout.contiguous(4096, 2), 8, 8))
     machine = replace(HARDWARE["h100"], inside_gb_per_second=1e9, inside_latency_us=0)
     free, paid = (predict(backward, mask, replace(machine, copy_gb_per_second=x), 128) for x in (float("inf"), 1000.0))
-    # Each rank takes dK and dV of its chunk once, in fp32; reading both and writing the sum are three passes.
-    assert paid.seconds - free.seconds == pytest.approx(3 * 2 * 2048 * 8 * 128 * 4 / 1e12, rel=1e-6)
+    # Each rank takes dK and dV of its chunk once, in 16 bits; reading both and writing the sum are three passes.
+    assert paid.seconds - free.seconds == pytest.approx(3 * 2 * 2048 * 8 * 128 * 2 / 1e12, rel=1e-6)
+
+
+def test_rows_that_see_nothing_of_a_halo_cost_nothing() -> None:
+    mask = Mask.sliding_window(65536, 512)
+    program = ring.plan(mask, Layout.contiguous(65536, 4), 8, 8)
+    cost = kernel_time.Price("fa4", 0.0, 1.0, 0.0)
+    seconds = kernel_time.stage_seconds(program, mask, count(program, mask, Shape(128, 128)).attend_area, cost)
+    assert seconds[:, 0].tolist() == [8 * 16384] * 4, "all rows at home"
+    assert seconds[0, 1] == 0
+    assert (seconds[1:, 1] > 0).all()
+    assert seconds.max() == 8 * 16384
+    assert (seconds[1:, 1] <= 8 * 512).all(), "a window's rows in the halo"
 
 
 def test_without_a_calibration_there_is_no_measured_hardware(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
@@ -226,3 +239,34 @@ def test_hardware_is_checked_and_listed():
         replace(UNIT, forward_tflops=0)
     with pytest.raises(ConfigError, match="launch_us must not be negative"):
         replace(UNIT, launch_us=-1)
+
+
+def test_the_hosts_work_counts_where_it_is_longer() -> None:
+    mask = Mask.causal(4096)
+    nothing = {f"host_{part}_us": 0.0 for part in ("exchange", "message", "call", "ahead")}
+    machine = replace(HARDWARE["h100"], **nothing)
+    program = ring.plan(mask, Layout.zigzag(4096, 4), 8, 8)
+    backward = derive_backward(program)
+
+    def total(**host: float) -> float:
+        here = replace(machine, **host)
+        return total_seconds(predict(program, mask, here, 128), predict(backward, mask, here, 128))
+
+    device = total()
+    assert total(host_call_us=1) == device
+    # Four calls a rank forward, and four backward.
+    assert total(host_call_us=10_000) == pytest.approx(0.08)
+    assert total(host_call_us=10_000, host_ahead_us=30_000) == pytest.approx(0.05)
+    # Three exchanges forward; in the backward keys and gradients have five times of their own.
+    assert total(host_exchange_us=10_000) == pytest.approx(0.08)
+
+
+def test_packing_some_heads_takes_time() -> None:
+    mask = Mask.causal(4096)
+    machine = replace(HARDWARE["h100"], inside_gb_per_second=1e9, inside_latency_us=0)
+    program = SCHEDULERS["ulysses"].plan(mask, Layout.contiguous(4096, 2), 8, 8)
+    free, paid = (predict(program, mask, replace(machine, copy_gb_per_second=x), 128) for x in (float("inf"), 1000.0))
+    assert paid.seconds > free.seconds
+    whole = ring.plan(mask, Layout.contiguous(4096, 2), 8, 8)
+    free, paid = (predict(whole, mask, replace(machine, copy_gb_per_second=x), 128) for x in (float("inf"), 1000.0))
+    assert paid.seconds == free.seconds, "what is a whole slot is neither packed nor placed"

@@ -16,6 +16,7 @@ import numpy as np
 
 from distattn.parallel.csr import expand, pointers, segment_starts
 from distattn.parallel.disaggregation.balance import Assignment
+from distattn.parallel.disaggregation.caps import Caps
 from distattn.parallel.layout import Layout
 from distattn.parallel.program import KV, KV_IN, Q_IN, Q_OUT, Program, ProgramBuilder, Q
 
@@ -65,6 +66,28 @@ def assemble(tasks: TaskTable, layout: Layout, heads: int, kv_heads: int) -> Pro
     return builder.build()
 
 
+def received(tasks: TaskTable, layout: Layout, kv_heads: int, caps: Caps) -> np.ndarray:
+    """What each rank receives in a forward, in key rows as in ``Caps``, float64 [P]: as counted of the program, but results
+    count as partial ones also where a home computes nothing."""
+    ranks, borders = layout.num_ranks, _Borders(layout)
+    tasks = _split_heads(tasks, ranks, kv_heads)
+    width = (tasks.heads[:, 1] - tasks.heads[:, 0]).astype(np.float64)
+    slot = tasks.server * (kv_heads + 1) + tasks.heads[:, 0]
+    width_of = np.zeros(ranks * (kv_heads + 1))
+    width_of[slot] = width
+    part, k0, k1, owner = borders.cut(tasks.box[:, 2], tasks.box[:, 3])
+    fetched = owner != tasks.server[part]
+    keys, first, last = _union(slot[part[fetched]], k0[fetched], k1[fetched])
+    total = np.zeros(ranks)
+    total += np.bincount(keys // (kv_heads + 1), weights=(last - first) * width_of[keys], minlength=ranks)
+    foreign = tasks.server != tasks.home
+    key, first, last = _union((slot * ranks + tasks.home)[foreign], tasks.box[foreign, 0], tasks.box[foreign, 1])
+    rows = (last - first) * width_of[key // ranks]
+    total += caps.query_in * np.bincount(key // ranks // (kv_heads + 1), weights=rows, minlength=ranks)
+    total += caps.query_out * np.bincount(key % ranks, weights=rows, minlength=ranks)
+    return total
+
+
 def _select(tasks: TaskTable, chosen: np.ndarray) -> TaskTable:
     return TaskTable(tasks.box[chosen], tasks.heads[chosen], tasks.home[chosen], tasks.server[chosen])
 
@@ -75,9 +98,13 @@ def _undisturbed(tasks: TaskTable, borders: _Borders, kv_heads: int) -> np.ndarr
     first = np.searchsorted(borders.starts, tasks.box[:, 2], "right") - 1
     within = (tasks.box[:, 3] <= borders.ends[first]) & (borders.owner[first] == tasks.home)
     local = within & (tasks.server == tasks.home) & (tasks.heads[:, 1] - tasks.heads[:, 0] == kv_heads)
-    _, start, end = _union(np.zeros(int((~local).sum()), np.int64), tasks.box[~local, 0], tasks.box[~local, 1])
-    reaches = np.searchsorted(start, tasks.box[:, 1], "left") > np.searchsorted(end, tasks.box[:, 0], "right")
-    return local & ~reaches
+    while True:
+        _, start, end = _union(np.zeros(int((~local).sum()), np.int64), tasks.box[~local, 0], tasks.box[~local, 1])
+        reaches = np.searchsorted(start, tasks.box[:, 1], "left") > np.searchsorted(end, tasks.box[:, 0], "right")
+        if not (local & reaches).any():
+            return local
+        # A task that is disturbed disturbs those that share rows with it.
+        local &= ~reaches
 
 
 def _attend_at_home(builder: ProgramBuilder, tasks: TaskTable, local: np.ndarray) -> None:
@@ -187,8 +214,8 @@ def _add_copies(
     start: np.ndarray,
     end: np.ndarray,
 ) -> None:
-    """One Move per (slot, owner) with all its rows; queries also go back."""
-    order = np.lexsort((start, owner, index))
+    """One Move per (slot, owner) with all its rows; queries also go back. index, start: sorted."""
+    order = np.argsort(index * builder.layout.num_ranks + owner, kind="stable")
     index, owner, start, end = index[order], owner[order], start[order], end[order]
     first = segment_starts(index, owner)
     sets = builder.add_row_sets(np.append(first, len(index)), np.stack([start, end], 1))

@@ -24,10 +24,7 @@ from distattn.parallel.disaggregation.residency import Residency
 from distattn.parallel.disaggregation.tasks import HomeTasks, Task
 from distattn.parallel.layout import Layout
 
-_COSTLIEST = 2
 _RELIEVED = 4
-_RETURN_WEIGHT = 4.0
-"""How much more a result's way back counts than other bytes: those of a giant document all meet at its home."""
 _LAUNCH_ROWS = 64
 """What a move costs besides its bytes, in rows of K and V of all heads: tiny tasks are not worth a message."""
 
@@ -37,13 +34,17 @@ class Limits:
     """What a plan must keep.
 
     tolerance: a rank may exceed its share by this fraction; align: rows and keys are cut at multiples of it (a kernel's tile);
-    caps: what a rank may receive and hold, and what a query row weighs against a key row.
+    caps: what a rank may receive and hold, and what a query row weighs against a key row. costliest: tasks of a donor that are
+    looked at. return_weight: how much more a result's way back counts than other bytes: those of a giant document all meet at
+    its home.
     """
 
     tolerance: float
     align: int
     caps: Caps
     max_moves_per_rank: int = 8
+    costliest: int = 2
+    return_weight: float = 4.0
 
 
 @dataclass(frozen=True, eq=False)
@@ -58,6 +59,8 @@ class Assignment:
     moves: int
     stopped_by: str
     usage: Usage | None = None
+    refused_by: str = ""
+    """The cap that ruled out moves of a rank that was left over its share, if one did."""
 
     @property
     def imbalance(self) -> float:
@@ -75,7 +78,7 @@ class _Ranks:
         self.work = np.zeros(num_ranks)
         np.add.at(self.work, home.home, home.pairs.astype(np.float64) * home.kv_heads)
         self.load = _ratio(self.work, share)
-        self.receiver_load = np.where(share > 0, self.load, np.inf)
+        self.enter(np.ones(num_ranks, bool))
         # The tasks of a rank, costliest first, become objects only when the rank is a donor.
         self.order = np.lexsort((-home.pairs, home.home))
         self.next = np.searchsorted(home.home[self.order], np.arange(num_ranks))
@@ -88,6 +91,11 @@ class _Ranks:
         order = np.argsort(layout.ranges[:, 0], kind="stable")
         self.range_starts: list[int] = layout.ranges[order, 0].tolist()
         self.range_ranks = layout.range_owner[order]
+
+    def enter(self, pool: np.ndarray) -> None:
+        """From now on only ranks of this pool receive. pool: bool [P]."""
+        self.pool = pool
+        self.receiver_load = np.where(pool & (self.share > 0), self.load, np.inf)
 
     def _fetch_home_needs(self) -> None:
         """The keys of other ranks that the home layout fetches."""
@@ -102,20 +110,20 @@ class _Ranks:
         ):
             self.residency.fetch(rank, k0, k1, 0, home.kv_heads)
 
-    def costliest(self, rank: int) -> list[tuple[int, int, Task]]:
+    def costliest(self, rank: int, count: int) -> list[tuple[int, int, Task]]:
         """The rank's costliest tasks, first is greatest; opens as many of the home's as may be among them."""
         opened = self.opened[rank]
         while self.next[rank] < self.end[rank]:
             index = int(self.order[self.next[rank]])
             work = int(self.home.pairs[index]) * self.home.kv_heads
-            if len(opened) >= _COSTLIEST and work <= -opened[_COSTLIEST - 1][0]:
+            if len(opened) >= count and work <= -opened[count - 1][0]:
                 break
             self.next[rank] += 1
             if not self.stays[index]:
                 continue
             self.stays[index] = False
             self.put(rank, self.home.task(index))
-        return opened[:_COSTLIEST]
+        return opened[:count]
 
     def put(self, rank: int, task: Task) -> None:
         insort(self.opened[rank], (-task.work, self.sequence, task))
@@ -134,20 +142,40 @@ class _Ranks:
         return self.range_ranks[bisect_right(self.range_starts, task.k0) - 1 : bisect_left(self.range_starts, task.k1)]
 
 
-def balance(home: HomeTasks, layout: Layout, share: np.ndarray, limits: Limits) -> Assignment:
+def balance(home: HomeTasks, layout: Layout, share: np.ndarray, limits: Limits, pools: np.ndarray | None = None) -> Assignment:
     """Move work until no rank exceeds (1 + tolerance) × its share, nor a cap.
 
-    share: float64 [P], work that each rank should do, summing to the total; 0 for a rank that computes nothing. Stops also when
-    no move helps, or at a bound on their number: ``stopped_by`` says which.
+    share: float64 [P], work that each rank should do, summing to that of its pool; 0 for a rank that computes nothing.
+    pools: int64 [P], the pool of each rank, which no work leaves; None: one. Stops also when no move helps, or at a bound on
+    their number: ``stopped_by`` says which.
     """
     ranks = _Ranks(home, layout, share)
-    moves = _deal(ranks) if (share <= 0).any() else 0
+    groups = [ranks.pool] if pools is None else [pools == pool for pool in range(int(pools.max()) + 1)]
+    moves = 0
+    for pool in groups:
+        if (share[pool] <= 0).any():
+            moves += _deal(ranks, pool)
     usage = _open_remote(ranks, limits.caps) if limits.caps.bind else None
-    stuck = np.zeros(layout.num_ranks, bool)
-    live_load = ranks.load.copy()
-    stopped_by, last = "balanced", moves + limits.max_moves_per_rank * layout.num_ranks
+    stopped_by = "balanced"
+    for pool in groups:
+        ranks.enter(pool)
+        in_pool, reason = _settle(ranks, limits, usage)
+        moves += in_pool
+        stopped_by = stopped_by if reason == "balanced" else reason
+    placed = [(rank, task) for rank, opened in enumerate(ranks.opened) for _, _, task in opened]
+    refused_by = "" if usage is None else usage.binding
+    return Assignment(home, ranks.stays, placed, share, ranks.work, moves, stopped_by, usage, refused_by)
+
+
+def _settle(ranks: _Ranks, limits: Limits, usage: Usage | None) -> tuple[int, str]:
+    """Move work within the pool that the ranks are in; (moves, what ended it)."""
+    stuck = ~ranks.pool
+    live_load = np.where(ranks.pool, ranks.load, -1.0)
+    stopped_by, moves, last = "balanced", 0, limits.max_moves_per_rank * int(ranks.pool.sum())
     while moves < last:
         donor = int(live_load.argmax())
+        if usage is not None:
+            usage.refused = ""
         if live_load[donor] > 1 + limits.tolerance:
             move = _best_move(ranks, donor, limits, usage)
         elif usage is not None:
@@ -160,6 +188,8 @@ def balance(home: HomeTasks, layout: Layout, share: np.ndarray, limits: Limits) 
         if move is None:
             stuck[donor], live_load[donor] = True, -1.0
             stopped_by = "no further move helps"
+            if usage is not None:
+                usage.binding = usage.refused or usage.binding
             continue
         _apply(ranks, donor, *move, usage)
         moves += 1
@@ -167,8 +197,7 @@ def balance(home: HomeTasks, layout: Layout, share: np.ndarray, limits: Limits) 
             live_load[rank] = -1.0 if stuck[rank] else ranks.load[rank]
     else:
         stopped_by = "the bound on moves"
-    placed = [(rank, task) for rank, opened in enumerate(ranks.opened) for _, _, task in opened]
-    return Assignment(home, ranks.stays, placed, share, ranks.work, moves, stopped_by, usage)
+    return moves, stopped_by
 
 
 def _open_remote(ranks: _Ranks, caps: Caps) -> Usage:
@@ -187,11 +216,11 @@ def _open_remote(ranks: _Ranks, caps: Caps) -> Usage:
     return usage
 
 
-def _deal(ranks: _Ranks) -> int:
+def _deal(ranks: _Ranks, pool: np.ndarray) -> int:
     """Give the tasks of ranks without a share to those with one, in order of rows, so that neighbours share keys; how many."""
     home, share = ranks.home, ranks.share
-    leaving = np.flatnonzero(share[home.home] <= 0)
-    room = np.maximum(share - ranks.work, 0.0)
+    leaving = np.flatnonzero((share[home.home] <= 0) & pool[home.home])
+    room = np.where(pool, np.maximum(share - ranks.work, 0.0), 0.0)
     servers = np.flatnonzero(room > 0)
     if not len(leaving) or not len(servers):
         return 0
@@ -208,7 +237,6 @@ def _deal(ranks: _Ranks) -> int:
         ranks.work[task.home] -= task.work
         ranks.work[server] += task.work
     ranks.load[:] = _ratio(ranks.work, share)
-    ranks.receiver_load[:] = np.where(share > 0, ranks.load, np.inf)
     return len(leaving)
 
 
@@ -226,24 +254,34 @@ def _best_move(ranks: _Ranks, donor: int, limits: Limits, usage: Usage | None) -
     load = ranks.receiver_load
     lowest = int(load.argmin())
     room = {lowest: (1 + limits.tolerance / 2) * float(share[lowest]) - float(work[lowest])}
+    launch, return_cost = (
+        _LAUNCH_ROWS * ranks.home.kv_heads,
+        limits.caps.query_in + limits.return_weight * limits.caps.query_out,
+    )
     best, best_score = None, math.inf
-    for entry in ranks.costliest(donor):
+    for entry in ranks.costliest(donor, limits.costliest):
         task = entry[2]
         owners = ranks.holders(task)
         nearest = int(owners[load[owners].argmin()]) if len(owners) > 1 else lowest
-        for receiver in {lowest: 0, nearest: 0}:
+        parts: list[tuple[Box, int]] = []
+        cut_for = -1.0
+        for receiver in (lowest, nearest) if nearest != lowest and load[nearest] < math.inf else (lowest,):
             if receiver not in room:
                 room[receiver] = (1 + limits.tolerance / 2) * float(share[receiver]) - float(work[receiver])
             movable = min(excess, room[receiver])
             if movable <= 0 or receiver == donor:
                 continue
-            for box, pairs in _parts(task, movable, limits):
+            if movable != cut_for:
+                parts, cut_for = list(_parts(task, movable, limits)), movable
+            per_row = return_cost if receiver != task.home else 0.0
+            for box, pairs in parts:
                 q0, q1, k0, k1, g0, g1 = box
-                rows, missing = (q1 - q0) * (g1 - g0), ranks.residency.missing(receiver, k0, k1, g0, g1)
-                cost = _LAUNCH_ROWS * ranks.home.kv_heads + missing
-                if receiver != task.home:
-                    cost += (limits.caps.query_in + _RETURN_WEIGHT * limits.caps.query_out) * rows
-                score = cost / (pairs * (g1 - g0))
+                rows, amount = (q1 - q0) * (g1 - g0), pairs * (g1 - g0)
+                cost = launch + per_row * rows
+                if cost >= best_score * amount:  # already without its keys
+                    continue
+                missing = ranks.residency.missing(receiver, k0, k1, g0, g1)
+                score = (cost + missing) / amount
                 if score < best_score and (usage is None or usage.allows(receiver, task.home, rows, missing)):
                     best, best_score = (receiver, entry, box), score
     if best is None:
@@ -270,7 +308,8 @@ def _parts(task: Task, movable: float, limits: Limits) -> Iterator[tuple[Box, in
     rectangular = len(task.bands) == 1 and task.bands[0][4] <= task.bands[0][2] - task.q1
     for end in _range_ends(task, pairs, limits):
         yield from _last_rows(task, end, task.g1 - 1, pairs, limits)
-    yield from _last_rows(task, task.q1, task.g0, movable / (task.g1 - task.g0), limits)
+    if task.g1 - task.g0 > 1:
+        yield from _last_rows(task, task.q1, task.g0, movable / (task.g1 - task.g0), limits)
     if rectangular:
         box = _rectangle(task, pairs, limits)
         if box is not None:
@@ -323,7 +362,7 @@ def _best_relief(ranks: _Ranks, donor: int, limits: Limits, usage: Usage) -> tup
 
     entries = sorted(ranks.opened[donor], key=lambda entry: -spared(entry[2]) * (entry[2].g1 - entry[2].g0))[:_RELIEVED]
     room = (1 + limits.tolerance) * ranks.share - ranks.work
-    able = np.flatnonzero((room > 0) & (np.arange(len(room)) != donor))
+    able = np.flatnonzero((room > 0) & ranks.pool & (np.arange(len(room)) != donor))
     able = able[np.argsort(usage.received[able] + usage.held[able], kind="stable")[:_RELIEVED]]
     best, best_score = None, math.inf
     for entry in entries:

@@ -40,13 +40,14 @@ class Caps:
 
 
 class Usage:
-    """received, held: float64 [P]."""
+    """received, held: float64 [P]. refused: the cap for which ``allows`` last said no; binding: one that left a rank stuck."""
 
     def __init__(self, caps: Caps, residency: Residency, num_ranks: int) -> None:
         self.caps, self.residency = caps, residency
         self.received, self.held = np.zeros(num_ranks), np.zeros(num_ranks)
         self._arrived = np.zeros(num_ranks)
         self._returned = np.zeros(num_ranks)
+        self.refused = self.binding = ""
 
     def refresh(self, rank: int, tasks: Iterable[Task]) -> None:
         """Count anew what the rank's tasks need from elsewhere; tasks: all that use others' rows."""
@@ -78,10 +79,14 @@ class Usage:
         caps, foreign = self.caps, rows if receiver != home else 0
         arrives = missing + caps.query_in * foreign
         if self.received[receiver] + arrives > caps.receive:
-            return False
-        if self.held[receiver] + missing + caps.query_held * foreign > caps.memory:
-            return False
-        return receiver == home or self.received[home] + caps.query_out * rows <= caps.receive
+            self.refused = "receive_bytes"
+        elif self.held[receiver] + missing + caps.query_held * foreign > caps.memory:
+            self.refused = "memory_bytes"
+        elif receiver != home and self.received[home] + caps.query_out * rows > caps.receive:
+            self.refused = "receive_bytes"
+        else:
+            return True
+        return False
 
     def worst(self, skip: np.ndarray) -> tuple[int, float]:
         """(rank, excess ratio) of the rank furthest over a cap, those in ``skip`` left out."""

@@ -28,8 +28,13 @@ class Intervals:
 
     def overlap(self, a: int, b: int) -> int:
         """Rows of [a, b) that are inside."""
-        i, j = bisect_right(self.ends, a), bisect_left(self.starts, b)
-        return sum(min(self.ends[x], b) - max(self.starts[x], a) for x in range(i, j))
+        starts, ends = self.starts, self.ends
+        i, j = bisect_right(ends, a), bisect_left(starts, b)
+        if i >= j:
+            return 0
+        # All of the intervals between, less what the first and the last of them have outside.
+        inside = ends[i] - starts[i] if j == i + 1 else sum(ends[i:j]) - sum(starts[i:j])
+        return inside - max(0, a - starts[i]) - max(0, ends[j - 1] - b)
 
     def total(self) -> int:
         return sum(self.ends) - sum(self.starts)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import numpy as np
 
@@ -18,8 +19,7 @@ from distattn.parallel.layout import Layout
 Band = tuple[int, int, int, int, int, int]
 
 
-@dataclass(frozen=True, slots=True)
-class Task:
+class Task(NamedTuple):
     """One box. home: the rank that owns its rows; pairs: allowed (query, key) pairs, of one head."""
 
     home: int
@@ -39,23 +39,32 @@ class Task:
 
     def clip(self, q0: int, q1: int, k0: int, k1: int, g0: int, g1: int) -> Task | None:
         """The part of the task inside a box, shrunk to what its bands reach; None if nothing is left."""
+        if g0 >= g1:
+            return None
+        if len(self.bands) == 1:
+            a, b, c, d, lo, hi = self.bands[0]
+            part = _tight(max(a, q0), min(b, q1), max(c, k0), min(d, k1), lo, hi)
+            pairs = band_pairs(part) if part is not None else 0
+            if part is None or not pairs:
+                return None
+            return Task(self.home, part[0], part[1], part[2], part[3], g0, g1, (part,), pairs)
         kept, pairs = [], 0
         for band in self.bands:
             part = _tight(max(band[0], q0), min(band[1], q1), max(band[2], k0), min(band[3], k1), band[4], band[5])
             if part is not None:
                 kept.append(part)
                 pairs += band_pairs(part)
-        if not pairs or g0 >= g1:
+        if not pairs:
             return None
-        if len(kept) == 1:
-            a, b, c, d, _, _ = kept[0]
-        else:
-            a, b = min(x[0] for x in kept), max(x[1] for x in kept)
-            c, d = min(x[2] for x in kept), max(x[3] for x in kept)
+        a, b = min(x[0] for x in kept), max(x[1] for x in kept)
+        c, d = min(x[2] for x in kept), max(x[3] for x in kept)
         return Task(self.home, a, b, c, d, g0, g1, tuple(kept), pairs)
 
     def pairs_of_rows(self, q0: int, q1: int) -> int:
         """Pairs of the rows [q0, q1)."""
+        if len(self.bands) == 1:
+            a, b, c, d, e, f = self.bands[0]
+            return band_pairs((max(a, q0), min(b, q1), c, d, e, f))
         return sum(
             band_pairs((max(b[0], q0), min(b[1], q1), b[2], b[3], b[4], b[5])) for b in self.bands if b[0] < q1 and q0 < b[1]
         )

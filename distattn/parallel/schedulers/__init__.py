@@ -24,6 +24,10 @@ def _each_alone(options: Any, heads: int, num_ranks: int) -> np.ndarray:
     return np.arange(num_ranks)
 
 
+def _no_servers(options: Any) -> int:
+    return 0
+
+
 @dataclass(frozen=True)
 class Scheduler:
     """One strategy.
@@ -32,7 +36,9 @@ class Scheduler:
     variants(heads, kv_heads, num_ranks, ranks_per_node) → options worth a prediction, the default for this shape and these
     nodes first. why_not(heads, num_ranks): why it cannot split these heads, or None. groups(options, heads, num_ranks) → int64
     [P]: ranks of one group compute on the same rows, so that the layout has to balance groups only. balances: it evens out
-    the ranks' work itself, so that auto needs it only where no layout does.
+    the ranks' work itself, so that auto needs it only where no layout does. servers(options): last ranks that compute for
+    others only, to which layouts give no rows. certificate(mask, layout, heads, kv_heads, options) → how far the plan is from
+    what no plan can beat, for schedulers that know.
     """
 
     name: str
@@ -42,10 +48,16 @@ class Scheduler:
     groups: Callable[[Any, int, int], np.ndarray] = _each_alone
     why_not: Callable[[int, int], str | None] = _takes_any_heads
     balances: bool = False
+    servers: Callable[[Any], int] = _no_servers
+    certificate: Callable[..., disaggregated.Certificate] | None = None
 
 
 def _all_as_one(options: Any, heads: int, num_ranks: int) -> np.ndarray:
     return np.zeros(num_ranks, np.int64)
+
+
+def _dedicated(options: disaggregated.DisaggregatedOptions) -> int:
+    return options.servers
 
 
 def _ulysses_groups(options: ulysses.UlyssesOptions, heads: int, num_ranks: int) -> np.ndarray:
@@ -65,6 +77,8 @@ SCHEDULERS: dict[str, Scheduler] = {
         disaggregated.variants,
         _all_as_one,
         balances=True,
+        servers=_dedicated,
+        certificate=disaggregated.certificate,
     ),
 }
 

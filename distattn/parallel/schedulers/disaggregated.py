@@ -11,20 +11,29 @@ heads, rows or key ranges of it to ranks that drew short ones. ``servers`` sets 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
 from distattn.errors import PlanError
 from distattn.mask import Mask
-from distattn.parallel.disaggregation.assemble import assemble, task_table
+from distattn.parallel.disaggregation.assemble import assemble, received, task_table
 from distattn.parallel.disaggregation.balance import Assignment, Limits, balance
 from distattn.parallel.disaggregation.caps import Caps, Usage
+from distattn.parallel.disaggregation.certificate import Certificate, certify
 from distattn.parallel.disaggregation.greedy import greedy_balance
-from distattn.parallel.disaggregation.tasks import home_tasks
+from distattn.parallel.disaggregation.pools import pools_of
+from distattn.parallel.disaggregation.tasks import HomeTasks, home_tasks
 from distattn.parallel.layout import Layout
 from distattn.parallel.need import check_rows
-from distattn.parallel.program import Program, check_heads
+from distattn.parallel.program import Program, RoundBudget, check_heads
+from distattn.parallel.rounds import in_rounds
+
+_FEW_RANKS = 64
+"""Up to which several plans are made and the one that receives least is taken."""
+
+_PREFERENCES = ((3, 20.0), (2, 1.5))
+"""(tasks looked at, weight of results' way back) of those plans, besides the default."""
 
 
 @dataclass(frozen=True)
@@ -36,6 +45,9 @@ class DisaggregatedOptions:
     servers: this many last ranks do nothing but attention, for all others, which do none.
     capacity: speed of each rank, in any unit; None: all equal.
     planner: "boxes", or "greedy", the published one, for comparison.
+    round_bytes: transfers travel in rounds in which no rank sends or receives more than this, in the backward too; 0: each
+    stage's at once.
+    pool: work moves among at most this many neighbouring ranks, in whole nodes of ranks_per_node; 0: among all.
     receive_bytes, memory_bytes: most that a rank may receive in a forward, and hold besides its own rows, for heads of
     ``head_dim`` features of ``element_bytes`` each.
     """
@@ -49,6 +61,9 @@ class DisaggregatedOptions:
     memory_bytes: float = math.inf
     head_dim: int = 128
     element_bytes: int = 2
+    round_bytes: int = 0
+    pool: int = 0
+    ranks_per_node: int = 8
 
     def __post_init__(self) -> None:
         if not 0 < self.tolerance <= 10:
@@ -57,6 +72,13 @@ class DisaggregatedOptions:
             raise PlanError(f"planner must be boxes or greedy, got {self.planner!r}")
         if not (self.receive_bytes >= 0 and self.memory_bytes >= 0):
             raise PlanError("receive_bytes and memory_bytes must not be negative")
+        if self.round_bytes < 0 or self.element_bytes not in (2, 4, 8) or self.head_dim < 1:
+            raise PlanError(
+                f"round_bytes must not be negative, head_dim be positive and element_bytes 2, 4 or 8; got {self.round_bytes}, "
+                f"{self.head_dim} and {self.element_bytes}"
+            )
+        if self.planner == "greedy" and self.pool:
+            raise PlanError("the greedy planner knows no pools: leave pool at 0, or use the planner boxes")
         if self.align < 1 or self.servers < 0:
             raise PlanError(f"align must be positive and servers not negative, got align={self.align}, servers={self.servers}")
 
@@ -68,15 +90,60 @@ def assign(mask: Mask, layout: Layout, heads: int, kv_heads: int, options: Disag
     if options.servers >= layout.num_ranks:
         raise PlanError(f"servers must be fewer than the {layout.num_ranks} ranks, got {options.servers}")
     home = home_tasks(mask, layout, kv_heads)
-    share = _speeds(options, layout.num_ranks)
-    share *= float(home.pairs.sum()) * kv_heads / share.sum()
+    pools = pools_of(layout.num_ranks, options.pool, options.ranks_per_node, options.servers)
+    share = _shares(home, _speeds(options, layout.num_ranks), pools)
     limits = Limits(options.tolerance, options.align, _caps(options, heads // kv_heads))
     if options.planner == "greedy":
         return greedy_balance(home, share, limits)
-    assignment = balance(home, layout, share, limits)
+    assignment = balance(home, layout, share, limits, pools if options.pool else None)
     if assignment.usage is not None:
-        _check_caps(assignment.usage, options, kv_row_bytes(options))
-    return assignment
+        _check_caps(assignment, assignment.usage, options)
+        return assignment
+    if layout.num_ranks > _FEW_RANKS:
+        return assignment
+    return _least_received(assignment, layout, limits, pools if options.pool else None)
+
+
+def _least_received(assignment: Assignment, layout: Layout, limits: Limits, pools: np.ndarray | None) -> Assignment:
+    """Of plans with other preferences, and the published planner's, all of which keep the tolerance, the one whose busiest link
+    has the least to carry. The bytes of a plan hang on its first moves: where planning is quick, it pays to try a few."""
+    home, share = assignment.home, assignment.share
+    found = [assignment]
+    for costliest, return_weight in _PREFERENCES:
+        other = replace(limits, costliest=costliest, return_weight=return_weight)
+        found.append(balance(home, layout, share, other, pools))
+    if pools is None and (share > 0).all():
+        found.append(greedy_balance(home, share, limits))
+    bound = max(assignment.imbalance, 1 + limits.tolerance)
+    kept = [x for x in found if x.imbalance <= bound]
+    worst = [float(received(task_table(x), layout, home.kv_heads, limits.caps).max()) for x in kept]
+    return kept[int(np.argmin(worst))]
+
+
+def certificate(
+    mask: Mask, layout: Layout, heads: int, kv_heads: int, options: DisaggregatedOptions | None = None
+) -> Certificate:
+    """How far the plan for these arguments is from what no plan can beat. Plans anew: pure, as ``plan`` is."""
+    options = options or DisaggregatedOptions()
+    assignment = assign(mask, layout, heads, kv_heads, options)
+    num_ranks = layout.num_ranks
+    return certify(
+        assignment,
+        _speeds(options, num_ranks),
+        pools=pools_of(num_ranks, options.pool, options.ranks_per_node, options.servers),
+        tolerance=options.tolerance,
+        align=options.align,
+        row_bytes=_caps(options, heads // kv_heads).query_cost * kv_row_bytes(options),
+    )
+
+
+def _shares(home: HomeTasks, speeds: np.ndarray, pools: np.ndarray) -> np.ndarray:
+    """Work that each rank should do, float64 [P]: its part, by speed, of its pool's."""
+    work = np.bincount(pools[home.home], weights=home.pairs.astype(np.float64), minlength=int(pools.max()) + 1) * home.kv_heads
+    speed = np.bincount(pools, weights=speeds)
+    if (speed[work > 0] <= 0).any():
+        raise PlanError("a pool has work, but none of its ranks has a capacity above 0: use larger pools, or give it one")
+    return speeds * (work / np.where(speed > 0, speed, 1.0))[pools]
 
 
 def _speeds(options: DisaggregatedOptions, num_ranks: int) -> np.ndarray:
@@ -104,13 +171,16 @@ def _caps(options: DisaggregatedOptions, group: int) -> Caps:
     return Caps(query_in, query_out, query_in + query_out, options.receive_bytes / unit, options.memory_bytes / unit)
 
 
-def _check_caps(usage: Usage, options: DisaggregatedOptions, unit: int) -> None:
+def _check_caps(assignment: Assignment, usage: Usage, options: DisaggregatedOptions) -> None:
+    unit = kv_row_bytes(options)
     for name, used in (("receive_bytes", usage.received), ("memory_bytes", usage.held)):
         cap, worst = getattr(options, name), int(used.argmax())
         if used[worst] * unit > cap:
+            binding = assignment.refused_by
+            others = f" (moves off it were refused by {binding})" if binding not in ("", name) else ""
             raise PlanError(
-                f"no assignment found that keeps {name}={cap:.0f}: rank {worst} would need {used[worst] * unit:.0f}; raise the "
-                "cap or the tolerance, or use more ranks"
+                f"no assignment found that keeps {name}={cap:.0f}: rank {worst} would need {used[worst] * unit:.0f}{others}; "
+                "raise the cap or the tolerance, or use more ranks"
             )
 
 
@@ -132,4 +202,7 @@ def plan(
         raise PlanError('disaggregated attention needs queries and keys of the same rows; use strategy "ring" for others')
     options = options or DisaggregatedOptions()
     assignment = assign(mask, layout, heads, kv_heads, options)
-    return assemble(task_table(assignment), layout, heads, kv_heads)
+    program = assemble(task_table(assignment), layout, heads, kv_heads)
+    if not options.round_bytes:
+        return program
+    return in_rounds(program, RoundBudget(options.round_bytes, options.head_dim, options.element_bytes))

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 from torch import Tensor
 
@@ -27,7 +27,7 @@ class Message:
     issue, due: stages between which it is in flight. send, receive: uint8 [bytes], one part a rank, in rank order;
     send_splits, receive_splits: bytes for and from each rank. describe: what this rank waits for, for error messages, such as
     "at stage 2 of forward for KV rows from rank 0". parts: set for a transport that takes them; ``send`` and ``receive`` are
-    then only where some of the parts lie.
+    then only where some of the parts lie. route: what a transport that stages said of this exchange.
     """
 
     issue: int
@@ -38,6 +38,7 @@ class Message:
     receive_splits: list[int]
     describe: Callable[[], str]
     parts: Parts | None = None
+    route: object = None
 
 
 class Pending(Protocol):
@@ -64,4 +65,18 @@ class Transport(Protocol):
 
     def post(self, message: Message) -> Pending:
         """Start an exchange; its buffers belong to the transport until ``wait`` has returned."""
+        ...
+
+
+@runtime_checkable
+class StagingTransport(Transport, Protocol):
+    """A transport that says where messages are packed."""
+
+    def routes(self, key: object, send_splits: Sequence[Sequence[int]]) -> Sequence[object]:
+        """What ``staging`` and messages are given for each exchange of a lowered program and shape; collective where ``key`` is
+        new. send_splits: of each exchange, the bytes that this rank sends to each."""
+        ...
+
+    def staging(self, route: object) -> Tensor:
+        """uint8 [bytes that this rank sends]: the ``send`` of the next message, which work queued from now on may fill."""
         ...

@@ -10,7 +10,9 @@ from __future__ import annotations
 import logging
 import threading
 import time
+from collections.abc import Callable
 from datetime import timedelta
+from typing import Protocol
 
 import torch
 import torch.distributed as dist
@@ -45,7 +47,7 @@ class Collective:
         self.bytes_sent = 0
         self._watch: _Watch | None = None
 
-    def post(self, message: Message) -> _InFlight:
+    def post(self, message: Message) -> OnDevice:
         if self._watch is not None:
             self._watch.raise_failure()
         self.num_transfers += 1
@@ -54,13 +56,20 @@ class Collective:
         try:
             works = self._exchange(message) if parts is None else self._exchange_parts(parts)
         except RuntimeError as error:
-            raise _failed(self, message, 0.0, error) from error
+            raise _failed(self, message.describe, 0.0, error) from error
         in_flight = _InFlight(self, message, works)
         if message.send.is_cuda:
             torch.cuda._sleep(_HEAD_START_CYCLES)
-            self._watch = self._watch or _Watch(self)
-            self._watch.add(in_flight)
+            self._look_after(in_flight)
         return in_flight
+
+    def _look_after(self, in_flight: OnDevice) -> None:
+        self._watch = self._watch or _Watch(self)
+        self._watch.add(in_flight)
+
+    def give_up(self) -> None:
+        """End what waits for ranks that do not answer; no transfer is possible any more."""
+        self.group.abort()
 
     def _exchange(self, message: Message) -> list[dist.Work]:
         work = dist.all_to_all_single(
@@ -71,27 +80,50 @@ class Collective:
 
     def _exchange_parts(self, parts: Parts) -> list[dist.Work]:
         group = self.group
-        transfers = [dist.P2POp(dist.isend, part, group=group, group_peer=peer) for peer, part in parts.sends]
-        transfers += [dist.P2POp(dist.irecv, part, group=group, group_peer=peer) for peer, part in parts.receives]
-        return dist.batch_isend_irecv(transfers) if transfers else []
+        if not parts.sends and not parts.receives:
+            return []
+        # What dist.batch_isend_irecv does, without its checks of every part.
+        device = group.bound_device_id
+        assert device is not None
+        group._start_coalescing(device)
+        for peer, part in parts.sends:
+            group.send([part], peer, 0)
+        for peer, part in parts.receives:
+            group.recv([part], peer, 0)
+        return [group._end_coalescing(device)]
+
+
+class OnDevice(Protocol):
+    """An exchange in flight whose waits never return to the host. posted: time.monotonic(). describe: as in Message.
+
+    It holds no buffers: the thread that looks after it drops it late, and memory would pile up meanwhile.
+    """
+
+    describe: Callable[[], str]
+    posted: float
+
+    def is_completed(self) -> bool: ...
+
+    def wait(self) -> None: ...
 
 
 class _InFlight:
-    """One exchange in flight. Holds its buffers until it is done."""
+    """One exchange in flight. Its buffers are held by whoever waits, and on NCCL by the works until then."""
 
     def __init__(self, transport: Collective, message: Message, works: list[dist.Work]) -> None:
-        self.transport, self.message, self.works = transport, message, works
+        self.transport, self.works = transport, works
+        self.describe, self.on_device = message.describe, message.send.is_cuda
         self.posted = time.monotonic()
 
     def is_completed(self) -> bool:
         return all(work.is_completed() for work in self.works)
 
     def wait(self) -> None:
-        if self.message.send.is_cuda:
+        if self.on_device:
             for work in self.works:
                 work.wait()  # orders the stream; the host does not block
             return
-        self.transport.board.waiting = self.message.describe
+        self.transport.board.waiting = self.describe
         self._wait_on_host()
         self.transport.board.waiting = None
 
@@ -109,10 +141,10 @@ class _InFlight:
                 if work.is_completed():
                     if work.is_success():
                         return
-                    raise _failed(self.transport, self.message, waited, error) from error
+                    raise _failed(self.transport, self.describe, waited, error) from error
                 self.transport.board.check()
                 if left <= self.transport.poll_s or self.transport.board.someone_gave_up():
-                    raise _failed(self.transport, self.message, waited, None) from None
+                    raise _failed(self.transport, self.describe, waited, None) from None
 
 
 def group_timeout_s(group: dist.ProcessGroup) -> float:
@@ -125,10 +157,10 @@ def group_device(group: dist.ProcessGroup) -> torch.device:
     return torch.device("cuda" if "nccl" in dist.get_backend(group) else "cpu")
 
 
-def _failed(transport: Collective, message: Message, waited: float, cause: Exception | None) -> TransportError:
+def _failed(transport: Collective, describe: Callable[[], str], waited: float, cause: Exception | None) -> TransportError:
     """Tell the others, hear what they wait for, and say all of it in one error."""
     board: Board = transport.board
-    waiting = message.describe()
+    waiting = describe()
     others = board.report_wait(waiting, min(_GRACE_S, transport.timeout_s))
     text = f"rank {board.rank} waited {waited:.1f} s {waiting}; {others}"
     if cause is not None:
@@ -139,17 +171,17 @@ def _failed(transport: Collective, message: Message, waited: float, cause: Excep
 class _Watch:
     """Looks after exchanges on CUDA, whose waits never return to the host: a thread that ends them when they are late.
 
-    It aborts the group, so that kernels which wait for a dead peer end, and keeps the error for the next call.
+    It has the transport give up, so that kernels which wait for a dead peer end, and keeps the error for the next call.
     """
 
     def __init__(self, transport: Collective) -> None:
         self._transport = transport
-        self._in_flight: list[_InFlight] = []
+        self._in_flight: list[OnDevice] = []
         self._failure: Exception | None = None
         self._lock = threading.Lock()
         threading.Thread(target=self._run, name="distattn-watch", daemon=True).start()
 
-    def add(self, in_flight: _InFlight) -> None:
+    def add(self, in_flight: OnDevice) -> None:
         with self._lock:
             self._in_flight.append(in_flight)
 
@@ -163,15 +195,15 @@ class _Watch:
             with self._lock:
                 self._in_flight = [x for x in self._in_flight if not x.is_completed()]
                 oldest = self._in_flight[0] if self._in_flight else None
-            self._transport.board.waiting = oldest.message.describe if oldest else None
+            self._transport.board.waiting = oldest.describe if oldest else None
             if oldest is None:
                 continue
             waited = time.monotonic() - oldest.posted
             try:
                 self._transport.board.check()
                 if waited > self._transport.timeout_s or self._transport.board.someone_gave_up():
-                    raise _failed(self._transport, oldest.message, waited, None)
+                    raise _failed(self._transport, oldest.describe, waited, None)
             except Exception as error:  # whatever ends the watch must reach the caller, not die with the thread
                 self._failure = error
                 _log.error("%s", error)
-                self._transport.group.abort()
+                self._transport.give_up()

@@ -1,0 +1,183 @@
+"""Step times of disaggregated attention and of its paper's baseline, for ``distattn bench cad-simulation``.
+
+    balanced baseline   documents go whole to data-parallel groups of c ranks, by work, as far as their memory allows; each
+                        group cuts every document zigzag and gathers its keys; the best c counts (WLB-LLM, "ideal")
+    disaggregated       tokens lie evenly, attention is planned over all ranks in two nano-batches, which take turns
+    with a pipeline     one tick lasts as long as its slowest stage; disaggregated, all stages of a tick are one pool
+
+A rank is a tensor-parallel group of 8 GPUs in one node; each GPU has an eighth of the heads and talks to its counterparts over
+its own network card. Outside attention a layer takes what ``cad-layers`` measured, plus its tensor-parallel transfers. Gradient
+exchange, embedding, loss and optimizer are the same in both and left out.
+"""
+
+from __future__ import annotations
+
+import heapq
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from distattn.bench.cad_layers import LayerTime, ModelShape
+from distattn.mask import Mask
+from distattn.parallel import kernel_time
+from distattn.parallel.backward import derive_backward
+from distattn.parallel.disaggregation.ticks import NanoTimes, ping_pong, travel_seconds
+from distattn.parallel.hardware import Hardware
+from distattn.parallel.layout import Layout
+from distattn.parallel.program import KV_IN, MOVE_KIND, Q_IN, Program
+from distattn.parallel.schedulers.disaggregated import DisaggregatedOptions, plan
+from distattn.parallel.simulate import predict
+
+TENSOR_PARALLEL = 8
+RANK_TOKENS = 131_072
+MEMORY_SLACK = 1.2
+"""How many more tokens than the mean a rank of the baseline may hold: packing by work needs some."""
+_TILE = 128
+
+Prices = tuple[kernel_time.Price | None, kernel_time.Price | None]
+
+
+@dataclass(frozen=True)
+class Setting:
+    """A model on a cluster. hardware: of one GPU, a node being one rank; layer: of one GPU, without transfers."""
+
+    model: ModelShape
+    hardware: Hardware
+    layer: LayerTime
+    tolerance: float = 0.05
+
+    @property
+    def heads(self) -> int:
+        """Query heads of one GPU."""
+        return self.model.heads // TENSOR_PARALLEL
+
+    @property
+    def kv_heads(self) -> int:
+        """KV heads of one GPU."""
+        return self.model.kv_heads // TENSOR_PARALLEL
+
+    def linear_seconds(self, tokens: float, *, backward: bool) -> float:
+        """Of one layer: its matrices, and gathering and scattering activations twice each in a direction."""
+        moved = 4 * tokens * self.model.hidden * 2 * (TENSOR_PARALLEL - 1) / TENSOR_PARALLEL
+        compute = self.layer.backward_s if backward else self.layer.forward_s
+        return tokens * compute + moved / (self.hardware.inside_gb_per_second * 1e9)
+
+
+def baseline_seconds(documents: Sequence[int], ranks: int, setting: Setting, price: Prices) -> tuple[float, int]:
+    """(seconds of one layer, forward and backward, ranks that share a document): the best of all power-of-two group sizes."""
+    found = []
+    for context in (2**i for i in range(ranks.bit_length()) if not ranks % 2**i):
+        groups = packed_by_work(documents, ranks // context, MEMORY_SLACK * sum(documents) / ranks * context, setting)
+        if groups is not None:
+            found.append((max(sum(group_seconds(group, context, setting, price)) for group in groups), context))
+    return min(found)
+
+
+def packed_by_work(documents: Sequence[int], groups: int, room: float, setting: Setting) -> list[list[int]] | None:
+    """Documents dealt whole, the costliest first, each to the group with the least work that has room for its tokens; None
+    where one has no place."""
+    token_work = setting.model.linear_flops / (4 * setting.model.head_dim * setting.model.heads)
+    heap = [(0.0, 0, index) for index in range(groups)]
+    dealt: list[list[int]] = [[] for _ in range(groups)]
+    for length in sorted(documents, reverse=True):
+        full = []
+        while heap and heap[0][1] + length > room:
+            full.append(heapq.heappop(heap))
+        if not heap:
+            return None
+        work, tokens, index = heapq.heappop(heap)
+        dealt[index].append(length)
+        heapq.heappush(heap, (work + length * (length + 1) / 2 + token_work * length, tokens + length, index))
+        for entry in full:
+            heapq.heappush(heap, entry)
+    return dealt
+
+
+def prices(documents: Sequence[int], setting: Setting) -> Prices:
+    """Of attention over such documents, forward and backward, by one GPU."""
+    mask, width = Mask.documents(documents), setting.model.head_dim
+    forward, backward = (
+        kernel_time.price(mask, setting.hardware, setting.heads, width, backward=back) for back in (False, True)
+    )
+    return forward, backward
+
+
+def group_seconds(documents: Sequence[int], context: int, setting: Setting, prices: Prices) -> tuple[float, float]:
+    """(forward, backward) of one layer on the ranks that share these documents; keys are gathered before attention begins."""
+    lengths = np.array(documents, np.float64)
+    # Each rank has two chunks of every document; a chunk is computed in whole tiles.
+    chunk = np.ceil(lengths / (2 * context) / _TILE) * _TILE if context > 1 else lengths / 2
+    rows, pairs = 2 * float(chunk.sum()), float((chunk * (lengths + 1)).sum())
+    gathered = float(lengths.sum()) * (context - 1) / context * 2 * setting.kv_heads * setting.model.head_dim * 2
+    latency = setting.hardware.between_latency_us * 1e-6 if context > 1 else 0.0
+    travel = gathered / (setting.hardware.between_gb_per_second * 1e9) + latency
+    seconds = []
+    for backward in (False, True):
+        attention = _attention_seconds(pairs, rows, setting, prices[backward], backward=backward)
+        # The backward gathers keys again and scatters fp32 gradients, twice as wide.
+        linear = setting.linear_seconds(float(lengths.sum()) / context, backward=backward)
+        seconds.append(linear + attention + travel * (3 if backward else 1))
+    return seconds[0], seconds[1]
+
+
+def _attention_seconds(
+    pairs: float, rows: float, setting: Setting, price: kernel_time.Price | None, *, backward: bool
+) -> float:
+    if price is None:
+        flops = (10 if backward else 4) * setting.model.head_dim * setting.heads * pairs
+        return flops / setting.hardware.flops_per_second(backward=backward)
+    return price.call_s + setting.heads * (rows * price.row_s + pairs * price.pair_s)
+
+
+@dataclass(frozen=True)
+class CadStep:
+    """Seconds of one layer, forward and backward; what of them waits for transfers; attention's busiest rank over the mean."""
+
+    seconds: float
+    exposed_seconds: float
+    imbalance: float
+
+
+def cad_seconds(documents: Sequence[int], ranks: int, setting: Setting, price: Prices) -> CadStep:
+    """Two nano-batches of equal tokens, planned over all ranks; steady state of many layers."""
+    halves = dealt_by_tokens(documents, 2)
+    forward, backward, imbalance = [], [], 1.0
+    for half in halves:
+        mask, layout = Mask.documents(half), Layout.contiguous(sum(half), ranks)
+        program = plan(mask, layout, setting.heads, setting.kv_heads, DisaggregatedOptions(tolerance=setting.tolerance))
+        there, ratio = layer_times(program, mask, setting, price)
+        back, _ = layer_times(derive_backward(program), mask, setting, price)
+        forward.append(there)
+        backward.append(back)
+        imbalance = max(imbalance, ratio)
+    seconds = exposed = 0.0
+    for nanos, back in ((forward, False), (backward, True)):
+        few, many = (ping_pong((nanos[0], nanos[1]), layers, backward=back) for layers in (2, 3))
+        seconds += many[-1].end - few[-1].end
+        exposed += sum(t.exposed_seconds for t in many) - sum(t.exposed_seconds for t in few)
+    return CadStep(seconds, exposed, imbalance)
+
+
+def dealt_by_tokens(documents: Sequence[int], parts: int) -> list[list[int]]:
+    """Whole documents in parts of nearly equal tokens: the longest first, each to the part with the fewest."""
+    heap = [(0, index) for index in range(parts)]
+    dealt: list[list[int]] = [[] for _ in range(parts)]
+    for length in sorted(documents, reverse=True):
+        tokens, index = heapq.heappop(heap)
+        dealt[index].append(length)
+        heapq.heappush(heap, (tokens + length, index))
+    return dealt
+
+
+def layer_times(program: Program, mask: Mask, setting: Setting, price: Prices) -> tuple[NanoTimes, float]:
+    """Of one layer by rank, and attention's busiest rank over the mean."""
+    prediction = predict(program, mask, setting.hardware, setting.model.head_dim, price=price[program.backward])
+    line, kind = prediction.timeline, program.moves[:, MOVE_KIND]
+    attention = (line.done - line.go[:, :-1]).sum(1)
+    arrives = (kind == Q_IN) | (kind == KV_IN)
+    into, out_of = (travel_seconds(program, prediction.shape, setting.hardware, chosen) for chosen in (arrives, ~arrives))
+    linear = np.array([setting.linear_seconds(n, backward=program.backward) for n in program.layout.counts.tolist()])
+    # Reversed, results' gradients come first: they are what the backward's attention waits for.
+    inputs, results = (out_of, into) if program.backward else (into, out_of)
+    return NanoTimes(linear, attention, inputs, results), prediction.cost.imbalance

@@ -1,0 +1,123 @@
+"""The simulation of disaggregated attention: what it draws and counts, and its command at a tiny size."""
+
+from __future__ import annotations
+
+import itertools
+import json
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from distattn.bench import cad_measure, cad_simulation
+from distattn.bench.cad_layers import MODELS, LayerTime, ModelShape, measure
+from distattn.bench.cad_model import (
+    RANK_TOKENS,
+    Setting,
+    baseline_seconds,
+    cad_seconds,
+    dealt_by_tokens,
+    group_seconds,
+    packed_by_work,
+    prices,
+)
+from distattn.bench.cad_pipeline import pipeline_seconds, pipeline_tokens
+from distattn.bench.cad_simulation import draw_batch, layer_time, table
+from distattn.errors import ConfigError
+from distattn.parallel.hardware import HARDWARE
+
+TINY = ModelShape("tiny", 64, 8, 8, 16, 128, 2)
+
+
+def setting(linear_s: float = 1e-9) -> Setting:
+    """Without measured kernel rates, so that attention is proportional to its pairs."""
+    return Setting(MODELS["8b"], HARDWARE["h100"], LayerTime(linear_s, 2 * linear_s))
+
+
+def test_linear_layers_of_the_two_models_have_the_papers_ratio_to_attention() -> None:
+    """Attention equals the rest at 53K tokens for the 8B model."""
+    shape = MODELS["8b"]
+    assert shape.linear_flops / (2 * shape.heads * shape.head_dim) == pytest.approx(53_000, rel=0.01)
+
+
+def test_batches_fill_their_tokens_with_documents_up_to_the_context() -> None:
+    for mix in ("pretrain", "prolong"):
+        documents = draw_batch(mix, 262_144, 1 << 20, 3)
+        assert sum(documents) == 1 << 20
+        assert min(documents) > 0
+        assert max(documents) <= 262_144
+        assert documents == draw_batch(mix, 262_144, 1 << 20, 3)
+
+
+def test_packing_keeps_documents_whole_and_within_memory() -> None:
+    documents = draw_batch("pretrain", 131_072, 8 * RANK_TOKENS, 0)
+    groups = packed_by_work(documents, 4, 1.2 * 2 * RANK_TOKENS, setting())
+    assert groups is not None
+    assert sorted(itertools.chain(*groups)) == sorted(documents)
+    assert max(map(sum, groups)) <= 1.2 * 2 * RANK_TOKENS
+    assert packed_by_work([100], 4, 50, setting()) is None
+    halves = dealt_by_tokens(documents, 2)
+    assert sorted(itertools.chain(*halves)) == sorted(documents)
+    assert abs(sum(halves[0]) - sum(halves[1])) <= max(documents)
+
+
+def test_equal_documents_gain_nothing_and_one_giant_does() -> None:
+    """Where packing is perfect, balancing cannot win; where one document is most of the work, it does."""
+    even = [RANK_TOKENS] * 8
+    price = prices(even, setting())
+    base, context = baseline_seconds(even, 8, setting(), price)
+    assert context == 1
+    assert base == pytest.approx(sum(group_seconds([RANK_TOKENS], 1, setting(), price)))
+    assert cad_seconds(even, 8, setting(), price).seconds >= 0.99 * base
+    giant = [3 * RANK_TOKENS, *[RANK_TOKENS // 64] * (5 * 64)]
+    base, context = baseline_seconds(giant, 8, setting(), price)
+    found = cad_seconds(giant, 8, setting(), price)
+    assert context >= 4
+    assert found.seconds < base
+    assert found.imbalance <= 1.0501
+
+
+def test_a_pipeline_of_uneven_microbatches_gains() -> None:
+    documents = draw_batch("pretrain", 131_072, pipeline_tokens(4, 2), 0)
+    base, ours, exposed, imbalance, _ = pipeline_seconds(documents, 4, 2, setting(), (None, None))
+    assert 0 <= exposed < ours < base
+    assert imbalance <= 1.0501
+
+
+def test_commands_write_what_the_next_one_reads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    times, results = tmp_path / "layers.json", tmp_path / "cad.json"
+    for shapes in (MODELS, cad_measure.MODELS, cad_simulation.MODELS):
+        monkeypatch.setitem(shapes, "8b", TINY)
+    arguments = ["--json", str(times), "--models", "8b", "--tokens", "8,16", "--seconds", "0.001"]
+    done = CliRunner().invoke(cad_measure.app, arguments, catch_exceptions=False)
+    assert done.exit_code == 0
+    assert set(json.loads(times.read_text())["results"]) == {"8b|8", "8b|16"}
+    assert layer_time("8b", times).forward_s > 0
+    monkeypatch.setitem(cad_simulation.CASES, "flat", (("8b", 16, 128),))
+    arguments = ["--json", str(results), "--layers", str(times), "--kinds", "flat", "--mixes", "prolong", "--batches", "2"]
+    done = CliRunner().invoke(cad_simulation.app, arguments, catch_exceptions=False)
+    assert done.exit_code == 0
+    found = json.loads(results.read_text())
+    (cell,) = found["results"].values()
+    assert found["simulated"]
+    assert cell["speed_up_least"] <= cell["speed_up"] <= cell["speed_up_most"]
+    assert "| no pipeline | 8b | 16 | 128K | prolong |" in table(found["results"])
+    assert "1.05–1.12" in table(found["results"])
+
+
+def test_wrong_files_and_options_are_refused(tmp_path: Path) -> None:
+    bad = tmp_path / "bad.json"
+    bad.write_text('{"results": {}}')
+    with pytest.raises(ConfigError, match="holds no times of the model 8b"):
+        layer_time("8b", bad)
+    with pytest.raises(ConfigError, match="must divide the KV heads"):
+        CliRunner().invoke(cad_measure.app, ["--json", str(bad), "--tensor-parallel", "3"], catch_exceptions=False)
+    with pytest.raises(ConfigError, match="--batches must be at least 1, got 0"):
+        CliRunner().invoke(cad_simulation.app, ["--json", str(bad), "--batches", "0"], catch_exceptions=False)
+    assert layer_time("34b", None).backward_s == 2 * layer_time("34b", None).forward_s
+
+
+def test_a_layer_is_timed_forward_and_backward() -> None:
+    found = measure(TINY, 4, 64, "cpu", 0.001)
+    assert found.forward_s > 0
+    assert found.backward_s > 0
