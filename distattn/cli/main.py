@@ -34,6 +34,26 @@ def train(
     raise typer.Exit(run(config, overrides or []))
 
 
+@app.command("eval")
+def evaluate(
+    run_dir: Annotated[Path, typer.Argument(metavar="RUN_DIR", help="the run.dir of a training")],
+    overrides: Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="keys to set")] = None,
+    step: Annotated[int | None, typer.Option(help="which checkpoint; default: the newest")] = None,
+) -> None:
+    """Held-out loss of a checkpoint by position in the context; writes RUN_DIR/eval.json."""
+    from distattn.cli.evaluate import eval_run
+
+    raise typer.Exit(eval_run(run_dir, overrides or [], step))
+
+
+@app.command(context_settings=_PASS_THROUGH, add_help_option=False)
+def export(context: typer.Context) -> None:
+    """Write a checkpoint's weights for Hugging Face transformers."""
+    from distattn.cli.export import app as export_app
+
+    export_app(context.args, prog_name="distattn export")
+
+
 @app.command(context_settings=_PASS_THROUGH, add_help_option=False)
 def plan(context: typer.Context) -> None:
     """Verify, cost, simulate and draw a schedule."""
