@@ -322,7 +322,7 @@ def test_every_rank_chooses_by_the_tiles_of_the_busiest(kernel: str) -> None:
     layout = Layout.contiguous(256, 4)
     made = distattn.plan(mask, heads=4, kv_heads=2, head_dim=8, kernel=kernel)
     program = find_scheduler("ring").plan(mask, layout, 4, 2)
-    tables = [replace(made, layout=layout, program=program, rank=rank)._tables(CUDA) for rank in range(4)]
+    tables = [replace(made, layout=layout, program=program, rank=rank).tables(CUDA) for rank in range(4)]
     if kernel == "triton":
         assert tables == [[]] * 4
         return
