@@ -12,6 +12,12 @@ from distattn.calibration import Calibration, KernelRate, device_name
 from distattn.cli import doctor
 
 
+def taken_version(package: str) -> str:
+    """A release that is taken."""
+    first, _ = doctor.TAKEN.get(package, ((1,), None))
+    return ".".join(map(str, (*first, 0)))
+
+
 def run_doctor(*arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         [sys.executable, "-m", "distattn", "doctor", *arguments], capture_output=True, text=True, timeout=120, check=False
@@ -27,14 +33,32 @@ def test_report_of_this_machine() -> None:
     assert checks["transports", "mailbox"]["works"]
     assert checks["transports", "gloo"]["detail"] == "2 processes exchanged data"
     assert checks["kernels", "reference"]["works"]
+    assert checks["kernels", "linear"]["detail"].startswith("torch: first of torch, triton that can")
     assert checks["packages", "torch"]["needed"]
 
 
 def test_missing_package_says_how_to_get_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(doctor, "_version", lambda package: None if package == "pyarrow" else "1.0")
+    monkeypatch.setattr(doctor, "_version", lambda package: None if package == "pyarrow" else taken_version(package))
     missing = {check.name: check for check in doctor._package_checks() if not check.works}
     assert missing["pyarrow"].detail == 'for parquet data: pip install "distattn[data]"'
     assert set(missing) == {"pyarrow"}
+
+
+@pytest.mark.parametrize(
+    ("package", "version", "works"),
+    [
+        ("megatron-core", "0.15.3", False), ("megatron-core", "0.16.1", True), ("megatron-core", "0.20.0rc1", False),
+        ("deepspeed", "0.18.9", False), ("transformers", "4.57.1", False), ("transformers", "5.24.0", True),
+        ("ray", "2.60.0", True),
+    ],
+)  # fmt: skip
+def test_a_release_that_integrations_do_not_take(
+    package: str, version: str, works: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(doctor, "_version", lambda name: version if name == package else None)
+    (check,) = (check for check in doctor._package_checks() if check.name == package)
+    assert (check.works, check.needed) == (works, False)
+    assert ("is no release that distattn takes: pip install" in check.detail) == (not works)
 
 
 def test_broken_transport_is_a_fault(monkeypatch: pytest.MonkeyPatch) -> None:

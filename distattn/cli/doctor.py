@@ -7,6 +7,7 @@ import importlib.util
 import json
 import os
 import platform
+import re
 import shutil
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Annotated, Any
@@ -16,6 +17,7 @@ import typer
 from distattn.errors import ConfigError
 
 if TYPE_CHECKING:
+    import torch
     from rich.console import Console
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
@@ -31,6 +33,12 @@ OPTIONAL = {
     "deepspeed": ("DeepSpeed", 'pip install "distattn[deepspeed]"'),
     "ray": ("Ray", 'pip install "distattn[ray]"'),
 }
+TAKEN: dict[str, tuple[tuple[int, ...], tuple[int, ...] | None]] = {
+    "megatron-core": ((0, 16), (0, 20)),
+    "deepspeed": ((0, 19), None),
+    "transformers": ((5,), None),
+}
+"""Releases that the integrations were written for: from the first, and before the second."""
 
 
 @dataclass(frozen=True)
@@ -69,8 +77,16 @@ def _package_checks() -> list[Check]:
         checks.append(Check("packages", package, version is not None, version or "missing: pip install distattn", needed=True))
     for package, (purpose, remedy) in OPTIONAL.items():
         version = _version(package)
-        checks.append(Check("packages", package, version is not None, version or f"for {purpose}: {remedy}"))
+        strange = version is not None and not _is_taken(package, version)
+        detail = f"{version} is no release that distattn takes: {remedy}" if strange else version
+        checks.append(Check("packages", package, version is not None and not strange, detail or f"for {purpose}: {remedy}"))
     return checks
+
+
+def _is_taken(package: str, version: str) -> bool:
+    first, end = TAKEN.get(package, ((), None))
+    found = tuple(int(part) for part in re.findall(r"\d+", version)[:2])
+    return found >= first and (end is None or found < end)
 
 
 def _machine_checks() -> list[Check]:
@@ -105,7 +121,15 @@ def _kernel_checks() -> list[Check]:
     checks = [Check("kernels", "auto", True, f"{chosen.name}: {reason}", needed=True)]
     for name, why_not in backend_report(case).items():
         checks.append(Check("kernels", name, why_not is None, why_not or f"computes {dtype} on {device}"))
-    return [*checks, _calibration_check()]
+    return [*checks, _linear_check(device, dtype), _calibration_check()]
+
+
+def _linear_check(device: str, dtype: torch.dtype) -> Check:
+    """The kernel that a layer of Gated DeltaNet takes, 12 heads of 64."""
+    from distattn.kernels.linear import LinearCase, choose_linear_backend
+
+    backend, reason = choose_linear_backend(LinearCase(device, dtype, "scalar", True, 64, 64, 12, 12))
+    return Check("kernels", "linear", True, f"{backend.name}: {reason}")
 
 
 def _calibration_check() -> Check:
