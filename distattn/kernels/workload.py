@@ -27,7 +27,8 @@ class Work(NamedTuple):
 
     calls of a backend; launches of its kernel; merges of their results, in the forward; rows that are written or merged, but
     for those that a vendor's kernel writes itself; row_steps, column_steps: blocks along each launch's longest row, and
-    longest column, of blocks, for as many heads as one program computes; pairs, cut_pairs: (query, key) pairs in whole blocks, and in blocks that a bound or an edge cuts.
+    longest column, of blocks, for as many heads as one program computes; pairs, cut_pairs: (query, key) pairs in whole blocks,
+    and in blocks that a bound or an edge cuts.
     """
 
     calls: float

@@ -18,11 +18,11 @@ from distattn.bands import UNBOUNDED as U
 from distattn.bands import area
 from distattn.calibration import Calibration, KernelRate
 from distattn.errors import UnsupportedError
-from distattn.kernels import BACKENDS, Case, backend_report, choose_backend, selection
+from distattn.kernels import BACKENDS, Case, backend_report, choose_backend, selection, triton_here
 from distattn.kernels import registry as registry_module
 from distattn.kernels.protocol import WholeBackend
 from distattn.kernels.selection import Rates, fastest, predicted_seconds
-from distattn.kernels.softmax import hopper_backend, triton_backend
+from distattn.kernels.softmax import hopper_backend
 from distattn.kernels.workload import work_of
 from distattn.parallel.layout import Layout
 from distattn.parallel.lowering import lower
@@ -97,7 +97,7 @@ def test_auto_on_cuda(
     monkeypatch.setattr(torch.backends.cuda, "is_flash_attention_available", lambda: True)
     monkeypatch.setattr(torch.backends.cudnn, "is_available", lambda: True)
     monkeypatch.setattr(torch.backends.cudnn, "version", lambda: 91000)
-    monkeypatch.setattr(triton_backend, "_is_installed", lambda: True)
+    monkeypatch.setattr(triton_here, "is_installed", lambda: True)
     monkeypatch.setattr(hopper_backend, "_has_gluon", lambda: True)
     case = replace(CUDA, **change)  # type: ignore[arg-type]
     backend, _ = choose_backend(case)
@@ -236,7 +236,7 @@ def hopper(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
     monkeypatch.setattr(torch.backends.cuda, "is_flash_attention_available", lambda: True)
     monkeypatch.setattr(torch.backends.cudnn, "is_available", lambda: True)
     monkeypatch.setattr(torch.backends.cudnn, "version", lambda: 91000)
-    monkeypatch.setattr(triton_backend, "_is_installed", lambda: True)
+    monkeypatch.setattr(triton_here, "is_installed", lambda: True)
     monkeypatch.setattr(hopper_backend, "_has_gluon", lambda: True)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     selection.rates_here.cache_clear()

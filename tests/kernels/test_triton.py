@@ -19,10 +19,10 @@ import torch
 from torch import Tensor
 
 from distattn.errors import InputError
-from distattn.kernels import BACKENDS, Case
+from distattn.kernels import BACKENDS, Case, triton_here
 from distattn.kernels.block_plan import BlockPlan
 from distattn.kernels.merge import empty_carry
-from distattn.kernels.softmax import triton_backend, triton_worklist
+from distattn.kernels.softmax import triton_worklist
 from distattn.kernels.softmax.triton_backend import TritonBackend
 from distattn.kernels.tiles import UNBOUNDED
 from tests.kernels.extras_cases import EXTRAS_CASES, run_whole, with_extras
@@ -281,7 +281,7 @@ def test_positions_that_overflow_are_refused() -> None:
 
 def test_why_not(monkeypatch: pytest.MonkeyPatch) -> None:
     backend = BACKENDS["triton"]
-    monkeypatch.setattr(triton_backend, "_is_installed", lambda: True)
+    monkeypatch.setattr(triton_here, "is_installed", lambda: True)
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     assert "TRITON_INTERPRET=1" in str(backend.why_not(CPU))
     monkeypatch.setenv("TRITON_INTERPRET", "1")
@@ -293,7 +293,7 @@ def test_why_not(monkeypatch: pytest.MonkeyPatch) -> None:
         ({"device_type": "mps"}, "mps"),
     ):
         assert word in str(backend.why_not(replace(CPU, **change)))  # type: ignore[arg-type]
-    monkeypatch.setattr(triton_backend, "_is_installed", lambda: False)
+    monkeypatch.setattr(triton_here, "is_installed", lambda: False)
     assert backend.why_not(CPU) == "needs the package triton"
 
 

@@ -60,7 +60,7 @@ def test_given_keeps_storage_order() -> None:
 
 @pytest.mark.parametrize("ranges", [[[(0, 4)], [(3, 6)]], [[(0, 2)], [(3, 6)]], [[(1, 4)]]], ids=["overlap", "gap", "late"])
 def test_rows_owned_twice_or_never_are_refused(ranges: list[list[tuple[int, int]]]) -> None:
-    with pytest.raises(LayoutError, match="each of its .* rows exactly once"):
+    with pytest.raises(LayoutError, match=r"each of its .* rows exactly once"):
         Layout.given(ranges)
 
 

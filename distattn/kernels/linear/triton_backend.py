@@ -13,7 +13,6 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import math
-import os
 import weakref
 from functools import lru_cache
 from typing import TYPE_CHECKING
@@ -25,6 +24,7 @@ from torch import Tensor
 from distattn.kernels.linear.protocol import VECTOR, Gradients, LinearCase, Operands, Pieces
 from distattn.kernels.linear.triton_configs import LinearConfigs
 from distattn.kernels.linear.triton_self_test import broken
+from distattn.kernels.triton_here import why_no_triton
 
 if TYPE_CHECKING:
     from distattn.kernels.linear.triton_launch import Call
@@ -44,22 +44,12 @@ class TritonLinear:
         self._configs = configs
 
     def why_not(self, case: LinearCase) -> str | None:
-        if importlib.util.find_spec("triton") is None:
-            return "needs the package triton"
-        if case.dtype not in (torch.bfloat16, torch.float16, torch.float32):
-            return f"computes bf16, fp16 and fp32, not {case.dtype}"
         if case.key_dim > MAX_KEY_DIM:
             return f"takes key dimensions up to {MAX_KEY_DIM}, not {case.key_dim}"
+        if reason := why_no_triton(case.device_type, case.dtype):
+            return reason
         if case.device_type == "cpu":
-            if not _is_interpreted():
-                return "runs on cpu only in Triton's interpreter (TRITON_INTERPRET=1)"
-            return "computes no bf16 in Triton's interpreter" if case.dtype == torch.bfloat16 else None
-        if case.device_type != "cuda":
-            return f"runs on cuda, not on {case.device_type}"
-        if not torch.cuda.is_available():
-            return "finds no CUDA device"
-        if torch.cuda.get_device_capability() < (8, 0):
-            return "needs a GPU of compute capability 8.0 or newer"
+            return None
         if case.dtype == torch.float32:
             # Some of them read invalid addresses as compiled by Triton 3.6 for Hopper; all are right in the interpreter.
             return "computes bf16 and fp16 on cuda, not fp32"
@@ -260,8 +250,3 @@ def _add_through(c: Call, states: Tensor, into: str, entered: Tensor, by: str, t
         decay = total.index_select(1, _index(c.pieces, f"{into} and {by}", both, c.device)).exp2()
         passed = passed * (decay[..., None] if c.x.gate == VECTOR else decay[..., None, None])
     states.index_add_(1, target, passed)
-
-
-def _is_interpreted() -> bool:
-    """As Triton itself decides when a kernel is defined."""
-    return os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "on", "y", "yes")

@@ -8,10 +8,8 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import math
-import os
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import lru_cache
 from types import ModuleType
 from typing import Any, NamedTuple
 
@@ -31,6 +29,7 @@ from distattn.kernels.softmax.triton_configs import (
     plan_configs,
 )
 from distattn.kernels.softmax.triton_worklist import WorkList, key_work, plan_key_work, plan_query_work, query_work
+from distattn.kernels.triton_here import why_no_triton
 
 MAX_HEAD_DIM = 256
 MAX_TILE_STRIDE = (1 << 31) // 256
@@ -51,23 +50,11 @@ class TritonBackend:
         self._configs = configs
 
     def why_not(self, case: Case) -> str | None:
-        if not _is_installed():
-            return "needs the package triton"
-        if case.dtype not in (torch.bfloat16, torch.float16, torch.float32):
-            return f"computes bf16, fp16 and fp32, not {case.dtype}"
+        if reason := why_no_triton(case.device_type, case.dtype):
+            return reason
         if max(case.head_dim, case.value_dim) > MAX_HEAD_DIM:
             return f"takes head dimensions up to {MAX_HEAD_DIM}, not {max(case.head_dim, case.value_dim)}"
-        if case.device_type == "cpu":
-            if not _is_interpreted():
-                return "runs on cpu only in Triton's interpreter (TRITON_INTERPRET=1)"
-            return "computes no bf16 in Triton's interpreter" if case.dtype == torch.bfloat16 else None
-        if case.device_type != "cuda":
-            return f"runs on cuda, not on {case.device_type}"
-        if not torch.cuda.is_available():
-            return "finds no CUDA device"
-        if torch.cuda.get_device_capability() < (8, 0):
-            return "needs a GPU of compute capability 8.0 or newer"
-        if case.head_dim % 8 or case.value_dim % 8:
+        if case.device_type == "cuda" and (case.head_dim % 8 or case.value_dim % 8):
             return f"takes head dimensions that are multiples of 8 on cuda, not {case.head_dim} and {case.value_dim}"
         return None
 
@@ -298,16 +285,6 @@ def row_delta(out: Tensor, do: Tensor, dlse: Tensor | None) -> Tensor:
             DV=value_dim, BLOCK_DV=padded(value_dim), BLOCK_Q=DELTA_ROWS, HAS_DLSE=dlse is not None,
         )  # fmt: skip
     return delta
-
-
-@lru_cache(maxsize=1)
-def _is_installed() -> bool:
-    return importlib.util.find_spec("triton") is not None
-
-
-def _is_interpreted() -> bool:
-    """As Triton itself decides when a kernel is defined."""
-    return os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "on", "y", "yes")
 
 
 def _kernels(name: str) -> ModuleType:

@@ -8,8 +8,8 @@ on a tile's diagonal edges need a mask (B, boundary). All others are FULL: whole
                            · ◥ █ █ █ █ █
 
 Blocks are ordered by falling cost, so that the longest start first: within their head, whose keys lie in L2 then, but for
-blocks so long that the device would wait for them at the end, which start first of all heads. Ranges are ordered within a block
-by where they stand, so that the order of the tiles does not change the order of the sums, and with it the last bits of a result.
+blocks so long that the device would wait for them at the end, which start first of all heads. Ranges of a block are ordered by
+where they stand, so that the order of the tiles does not change the order of the sums, and with it the last bits of a result.
 """
 
 from __future__ import annotations
