@@ -22,9 +22,9 @@ def errors(kind: str, case: str, group: dist.ProcessGroup | None) -> tuple[float
     device = torch.device("cuda", torch.cuda.current_device())
     batch = {key: value.to(device) for key, value in batch_of(case, length=700).items()}
     model = tiny(kind, **WIDE, max_position_embeddings=1024).to(device)
-    exact = reference(model, batch)[0].to(device)
+    exact = reference(model, batch)[0]
     model = model.to(torch.bfloat16)
-    eager = reference(model, batch)[0].to(device)
+    eager = reference(model, batch)[0]
     model.set_attn_implementation("distattn")
     model.zero_grad()
     with adapter.shard(batch, group=group) as part:

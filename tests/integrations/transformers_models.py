@@ -73,8 +73,9 @@ def batch_of(case: str, *, rows: int = 2, length: int = 21) -> dict[str, Tensor]
 def documents(batch: dict[str, Tensor]) -> list[tuple[int, Tensor]]:
     """(row, columns) of every document of a batch."""
     found = []
-    for row in range(len(batch["input_ids"])):
-        columns = torch.arange(batch["input_ids"].shape[1])
+    tokens = batch["input_ids"]
+    for row in range(len(tokens)):
+        columns = torch.arange(tokens.shape[1], device=tokens.device)
         if "attention_mask" in batch:
             columns = columns[batch["attention_mask"][row].bool()]
         if "position_ids" in batch:
@@ -91,15 +92,15 @@ def reference(model: Any, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor, dic
     model.set_attn_implementation("eager")
     model.zero_grad()
     tokens = batch["input_ids"]
-    positions = batch.get("position_ids", torch.arange(tokens.shape[1]).expand_as(tokens))
-    logits = torch.zeros(*tokens.shape, model.config.vocab_size)
-    total, count = torch.zeros(()), 0
+    positions = batch.get("position_ids", torch.arange(tokens.shape[1], device=tokens.device).expand_as(tokens))
+    logits = torch.zeros(*tokens.shape, model.config.vocab_size, device=tokens.device)
+    total, count = torch.zeros((), device=tokens.device), 0
     for row, columns in documents(batch):
         out = model(input_ids=tokens[row, columns][None], position_ids=positions[row, columns][None], use_cache=False).logits[0]
         labels = batch["labels"][row, columns][1:]
         total = total + torch.nn.functional.cross_entropy(out[:-1], labels, ignore_index=IGNORED, reduction="sum")
         count += int((labels != IGNORED).sum())
-        logits[row, columns] = out.detach()
+        logits[row, columns] = out.detach().float()
     loss = total / count
     loss.backward()
     return logits, loss.detach(), gradients(model)

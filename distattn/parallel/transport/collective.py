@@ -83,8 +83,7 @@ class Collective:
         if not parts.sends and not parts.receives:
             return []
         # What dist.batch_isend_irecv does, without its checks of every part.
-        device = group.bound_device_id
-        assert device is not None
+        device = (parts.sends or parts.receives)[0][1].device
         group._start_coalescing(device)
         for peer, part in parts.sends:
             group.send([part], peer, 0)
