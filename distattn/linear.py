@@ -12,7 +12,6 @@ repeats neither the kernels nor the exchange.
 from __future__ import annotations
 
 import math
-import weakref
 from collections.abc import Sequence
 from typing import Any
 
@@ -32,6 +31,7 @@ from distattn.parallel.exchanges import ExchangeRun, LoweredExchange, Map
 from distattn.parallel.exchanges.runner import stack_links
 from distattn.parallel.hardware import Hardware
 from distattn.parallel.layout import Layout
+from distattn.parallel.per_group import PerGroup
 from distattn.parallel.transport.base import Message
 
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
@@ -123,7 +123,7 @@ def linear_attention_step(
 # Arguments.
 
 _GATE_SHAPES = {NONE: "None", CONSTANT: "[HV]", SCALAR: "[B, T, HV]", VECTOR: "[B, T, HV, K]"}
-_calls: weakref.WeakKeyDictionary[dist.ProcessGroup, int] = weakref.WeakKeyDictionary()
+_calls: PerGroup[int] = PerGroup()
 _documents_of = WeakTensorKeyDictionary()
 
 

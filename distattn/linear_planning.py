@@ -38,6 +38,7 @@ from distattn.parallel.exchanges import (
 )
 from distattn.parallel.hardware import Hardware, find_hardware
 from distattn.parallel.layout import Layout
+from distattn.parallel.per_group import PerGroup
 from distattn.parallel.transport.collective import Collective, group_device
 
 _log = logging.getLogger(__name__)
@@ -192,10 +193,8 @@ _lock = threading.Lock()
 _handles = itertools.count(1)
 _plans: weakref.WeakValueDictionary[int, LinearPlan] = weakref.WeakValueDictionary()
 _local_cache: OrderedDict[LinearRequest, LinearPlan] = OrderedDict()
-_group_caches: weakref.WeakKeyDictionary[dist.ProcessGroup, OrderedDict[LinearRequest, LinearPlan]] = (
-    weakref.WeakKeyDictionary()
-)
-_transports: weakref.WeakKeyDictionary[dist.ProcessGroup, dict[float | None, Collective]] = weakref.WeakKeyDictionary()
+_group_caches: PerGroup[OrderedDict[LinearRequest, LinearPlan]] = PerGroup()
+_transports: PerGroup[dict[float | None, Collective]] = PerGroup()
 
 
 def linear_plan_of(handle: int) -> LinearPlan:

@@ -28,6 +28,7 @@ from distattn.parallel.hardware import Hardware, find_hardware, hardware_here
 from distattn.parallel.keep import check_mode, choose_mode
 from distattn.parallel.layout import Layout
 from distattn.parallel.lowering import HOME_KV, HOME_Q, Lowered, lower
+from distattn.parallel.per_group import PerGroup
 from distattn.parallel.program import ATTEND_H0, ATTEND_H1, ATTEND_Q, SLOT_RANK, Program, check_heads
 from distattn.parallel.schedulers import find_scheduler
 from distattn.parallel.schedulers.auto import choose_layout, choose_strategy, default_options, describe_degrees
@@ -341,7 +342,7 @@ _lock = threading.Lock()
 _handles = itertools.count(1)
 _plans: weakref.WeakValueDictionary[int, Plan] = weakref.WeakValueDictionary()
 _local_cache: OrderedDict[str, Plan] = OrderedDict()
-_group_caches: weakref.WeakKeyDictionary[dist.ProcessGroup, OrderedDict[str, Plan]] = weakref.WeakKeyDictionary()
+_group_caches: PerGroup[OrderedDict[str, Plan]] = PerGroup()
 
 
 def _cache_of(group: dist.ProcessGroup | None) -> OrderedDict[str, Plan]:

@@ -37,6 +37,7 @@ from distattn.parallel.exchanges import (
     lower_exchange,
 )
 from distattn.parallel.layout import Layout
+from distattn.parallel.per_group import PerGroup
 from distattn.parallel.transport.collective import Collective
 
 _CACHE_SIZE = 64
@@ -133,7 +134,7 @@ _lock = threading.Lock()
 _handles = itertools.count(1)
 _plans: weakref.WeakValueDictionary[int, _Plan] = weakref.WeakValueDictionary()
 _local_cache: OrderedDict[tuple, _Plan] = OrderedDict()
-_group_caches: weakref.WeakKeyDictionary[dist.ProcessGroup, OrderedDict[tuple, _Plan]] = weakref.WeakKeyDictionary()
+_group_caches: PerGroup[OrderedDict[tuple, _Plan]] = PerGroup()
 
 
 def _plan(

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import logging
 import sys
-import weakref
 from collections import OrderedDict
 from typing import Any, NamedTuple
 
@@ -40,6 +39,7 @@ from distattn.integrations.megatron_layout import (
 )
 from distattn.integrations.megatron_remat import KeptResults, attend
 from distattn.integrations.megatron_schedule import KEEP, RECOMPUTE, Schedule, schedule_of_layer
+from distattn.parallel.per_group import PerGroup
 from distattn.planning import Plan, plan
 
 _log = logging.getLogger(__name__)
@@ -326,7 +326,7 @@ class _Book:
         return made
 
 
-_books: weakref.WeakKeyDictionary[dist.ProcessGroup, _Book] = weakref.WeakKeyDictionary()
+_books: PerGroup[_Book] = PerGroup()
 _alone = _Book()
 
 

@@ -9,13 +9,13 @@ import hashlib
 import json
 import threading
 import time
-import weakref
 from collections.abc import Callable
 
 import torch.distributed as dist
 from torch.distributed import distributed_c10d
 
 from distattn.errors import AgreementError, DistattnError, TransportError
+from distattn.parallel.per_group import PerGroup
 
 _NOTICES = "distattn/notice"
 _GAVE_UP = "distattn/gave_up"
@@ -109,7 +109,7 @@ class Board:
             return False
 
 
-_boards: weakref.WeakKeyDictionary[dist.ProcessGroup, Board] = weakref.WeakKeyDictionary()
+_boards: PerGroup[Board] = PerGroup()
 
 
 def board_of(group: dist.ProcessGroup) -> Board:

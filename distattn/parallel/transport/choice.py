@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import weakref
-
 import torch.distributed as dist
 
 from distattn.calibration import LinkRate, load_calibration
 from distattn.errors import PlanError
+from distattn.parallel.per_group import PerGroup
 from distattn.parallel.transport.collective import Collective, group_device
 from distattn.parallel.transport.symmetric import Symmetric, why_not
 
@@ -16,7 +15,7 @@ TRANSPORTS = {"collective": Collective, "symmetric": Symmetric}
 MESSAGE_BYTES = 16 << 20
 """At which measured rates are compared: keys and values of some thousand tokens."""
 
-_choices: weakref.WeakKeyDictionary[dist.ProcessGroup, dict[str, tuple[str, str]]] = weakref.WeakKeyDictionary()
+_choices: PerGroup[dict[str, tuple[str, str]]] = PerGroup()
 
 
 def choose_transport(group: dist.ProcessGroup, name: str = "auto") -> tuple[str, str]:
