@@ -21,7 +21,7 @@ import yaml
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from distattn.config_pairs import check_keeping, check_nano_batches, check_servers
+from distattn.config_pairs import check_keeping, check_nano_batches, check_offload, check_servers
 from distattn.data.config import DataConfig
 from distattn.errors import ConfigError
 from distattn.kernels import BACKENDS
@@ -45,6 +45,7 @@ MAY_CHANGE = (
     "log.*",
     "train.device",
     "train.activation_checkpointing",
+    "train.activation_offload",
     "train.nano_batches",
     "train.engine",
     "train.zero_stage",
@@ -75,7 +76,8 @@ class TrainConfig:
 
     nano_batches: 2 cuts every sequence in two halves that take turns, so that transfers of attention hide behind the other
     half (``distattn.pingpong``). activation_checkpointing: ``selective`` recomputes everything but attention, ``full`` also
-    repeats attention and its communication. loss_chunk_tokens: tokens whose logits exist at one time. timeout_seconds: a
+    repeats attention and its communication. activation_offload: what a checkpointed block keeps as its input lies in host
+    memory until its backward. loss_chunk_tokens: tokens whose logits exist at one time. timeout_seconds: a
     collective that waits longer ends the run with an error. hang_seconds: without progress for so long, every rank reports
     where it is and ends; 0: never.
     engine: who shards and updates the model, FSDP2 or DeepSpeed's ZeRO of stage ``zero_stage``.
@@ -88,6 +90,7 @@ class TrainConfig:
     device: str = "auto"
     precision: str = "auto"
     activation_checkpointing: str = "none"
+    activation_offload: bool = False
     engine: str = "fsdp"
     zero_stage: int = 2
     loss_chunk_tokens: int = 1024
@@ -396,6 +399,7 @@ def check(config: Config) -> None:
     check_servers(config.parallel)
     check_keeping(config.parallel)
     check_nano_batches(config)
+    check_offload(config.train)
     _check_engine(config.train)
     if "\0" in config.run.dir:
         raise ConfigError(f"run.dir={config.run.dir!r} cannot be a path: it holds a NUL character.")

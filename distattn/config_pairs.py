@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from distattn.errors import ConfigError
 
 if TYPE_CHECKING:
-    from distattn.config import Config, ParallelConfig
+    from distattn.config import Config, ParallelConfig, TrainConfig
 
 
 def check_servers(parallel: ParallelConfig) -> None:
@@ -32,6 +32,15 @@ def check_keeping(parallel: ParallelConfig) -> None:
         raise ConfigError(
             f"parallel.keep_bytes={parallel.keep_bytes} does not go with parallel.backward={parallel.backward}: auto needs "
             "a limit greater than 0, resend and keep need none (0)."
+        )
+
+
+def check_offload(train: TrainConfig) -> None:
+    """``train.activation_offload`` moves the inputs of checkpointed blocks, so there must be some."""
+    if train.activation_offload and train.activation_checkpointing == "none":
+        raise ConfigError(
+            "train.activation_offload=true does not go with train.activation_checkpointing=none: it moves what checkpointed "
+            "blocks keep to host memory; set train.activation_checkpointing=selective or full."
         )
 
 

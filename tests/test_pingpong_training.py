@@ -25,7 +25,12 @@ GRIDS: dict[int, list[Grid]] = {
     2: [
         {"parallel.servers": 1},
         {"train.nano_batches": 2},
-        {"train.nano_batches": 2, "train.activation_checkpointing": "selective", "parallel.backward": "keep"},
+        {
+            "train.nano_batches": 2,
+            "train.activation_checkpointing": "selective",
+            "parallel.backward": "keep",
+            "train.activation_offload": True,
+        },
         {"train.nano_batches": 2, "parallel.strategy": "ulysses"},
         {"parallel.servers": 1, "model.layers": "softmax,kda", "train.activation_checkpointing": "full"},
     ],
@@ -103,6 +108,10 @@ def test_losses_are_those_of_one_rank(
         ),
         (["train.nano_batches=2", "model.layers=kda"], "model.layers=kda is not possible with train.nano_batches=2"),
         (["train.nano_batches=2", "data.seq_len=1"], "data.seq_len=1 is not possible with train.nano_batches=2"),
+        (
+            ["train.activation_offload=true"],
+            "train.activation_offload=true does not go with train.activation_checkpointing=none",
+        ),
         (["parallel.backward=auto"], "parallel.keep_bytes=0 does not go with parallel.backward=auto"),
         (["parallel.keep_bytes=9"], "parallel.keep_bytes=9 does not go with parallel.backward=resend"),
         (["parallel.backward=kep"], "parallel.backward=kep is unknown: choose one of resend, keep, auto; did you mean keep?"),

@@ -65,7 +65,7 @@ class ZeroEngine:
             self._decoder = Decoder(config.model, seed=config.train.seed)
         if config.model.init_from:
             load_weights(self._decoder, config.model.init_from)
-        recompute_blocks(self._decoder, config.train.activation_checkpointing)
+        recompute_blocks(self._decoder, config.train.activation_checkpointing, offload=config.train.activation_offload)
         optim = config.optim
         self._adam = torch.optim.AdamW(
             parameter_groups(optim, self._decoder), lr=optim.lr, betas=(optim.beta1, optim.beta2), eps=optim.eps, fused=True

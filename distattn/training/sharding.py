@@ -8,8 +8,12 @@ so loss and gradients do not depend on how the batch was sharded.
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
+from typing import Any
 
 import torch
+from torch import Tensor
+from torch.autograd.graph import save_on_cpu
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 from torch.utils.checkpoint import checkpoint
 
@@ -41,15 +45,25 @@ def build_model(config: Config, mesh: Mesh) -> Decoder:
     model.init_weights(config.train.seed)
     if config.model.init_from:
         load_weights(model, config.model.init_from)
-    recompute_blocks(model, config.train.activation_checkpointing)
+    recompute_blocks(model, config.train.activation_checkpointing, offload=config.train.activation_offload)
     return model
 
 
-def recompute_blocks(model: Decoder, mode: str) -> None:
-    """Activation checkpointing of every block, as ``train.activation_checkpointing`` says."""
+def recompute_blocks(model: Decoder, mode: str, *, offload: bool) -> None:
+    """Activation checkpointing of every block, as ``train.activation_checkpointing`` says.
+
+    offload: the blocks' inputs wait in pinned host memory for their backward (``train.activation_offload``).
+    """
     if mode != "none":
         contexts = {"context_fn": checkpoint_contexts} if mode == "selective" else {}
-        model.set_block_runner(functools.partial(checkpoint, use_reentrant=False, **contexts))
+        run = functools.partial(checkpoint, use_reentrant=False, **contexts)
+        model.set_block_runner(functools.partial(_with_inputs_on_host, run) if offload else run)
+
+
+def _with_inputs_on_host(run: Callable[..., Any], *args: Any) -> Tensor:
+    """A checkpointed call: the checkpoint's own hooks are the inner ones, so that only what it keeps is moved."""
+    with save_on_cpu(pin_memory=torch.cuda.is_available()):
+        return run(*args)
 
 
 def _shard(model: Decoder, mesh: Mesh, dtype: torch.dtype) -> None:

@@ -75,6 +75,9 @@ def test_zero_equals_one_rank(config: Config, one_rank: tuple[cases.Curve, list[
         zero(config, 2, "z2", parallel__context=2, parallel__strategy="usp", train__activation_checkpointing="selective"),
         zero(config, 3, "z3", parallel__context=2, parallel__strategy="all_gather"),
         zero(config, 3, "z3-selective", parallel__context=2, train__activation_checkpointing="selective"),
+        zero(
+            config, 3, "z3-offload", parallel__context=2, train__activation_checkpointing="full", train__activation_offload=True
+        ),
         zero(config, 2, "z2-data", parallel__data=2),
     ]
     ring = {"parallel__context": 2, "parallel__strategy": "ring"}

@@ -169,11 +169,30 @@ def test_a_loss_that_is_not_finite_stops_before_the_update(config: Config, value
 
 def test_activation_checkpointing_changes_no_bit(config: Config, tmp_path: Path) -> None:
     results = []
-    for mode in ("none", "selective", "full"):
-        variant = config.replace("train.activation_checkpointing", mode).replace("run.dir", str(tmp_path / mode))
+    for mode, offload in (("none", False), ("selective", False), ("full", False), ("selective", True), ("full", True)):
+        variant = config.replace("run.dir", str(tmp_path / f"{mode}-{offload}"))
+        variant = variant.replace("train.activation_checkpointing", mode).replace("train.activation_offload", offload)
         assert make_trainer(variant.replace("train.steps", 2)).run()
         results.append(losses(variant))
-    assert results[0] == results[1] == results[2]
+    assert all(result == results[0] for result in results)
+
+
+@pytest.mark.parametrize("mode", ["selective", "full"])
+def test_offload_moves_inputs_of_blocks_and_nothing_else(config: Config, monkeypatch: pytest.MonkeyPatch, mode: str) -> None:
+    moved: list[torch.Size] = []
+
+    def counted(pin_memory: bool) -> torch.autograd.graph.saved_tensors_hooks:
+        def pack(x: torch.Tensor) -> torch.Tensor:
+            moved.append(x.shape)
+            return x
+
+        return torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x)
+
+    monkeypatch.setattr("distattn.training.sharding.save_on_cpu", counted)
+    variant = config.replace("train.activation_checkpointing", mode).replace("train.activation_offload", True)
+    assert make_trainer(variant.replace("train.steps", 1)).run()
+    model = config.model
+    assert moved == [torch.Size((1, config.data.seq_len, model.dim))] * (model.num_layers * config.train.global_batch)
 
 
 def test_batches_are_a_function_of_the_step(config: Config) -> None:
