@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import traceback
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from torch import Tensor
 
 from tests.integrations.megatron_cases import cumulative
@@ -126,18 +130,21 @@ def exact(rank: int, world: int) -> dict[str, float]:
     return found
 
 
-def refused(rank: int, world: int) -> dict[str, str]:
-    """The message of each refusal on this rank; what was not refused says so."""
+def refused(rank: int, world: int) -> tuple[dict[str, str], set[tuple[str, int]]]:
+    """The message of each refusal on this rank (what was not refused says so), and the (file, line) that each came from."""
     from distattn.errors import DistattnError
 
-    messages = {}
+    messages, places = {}, set()
     for name, make in _refusals(rank, world).items():
         try:
             make()
             messages[name] = "was not refused"
         except DistattnError as error:
             messages[name] = f"{type(error).__name__}: {error}"
-    return messages
+            last = traceback.extract_tb(error.__traceback__)[-1]
+            assert last.lineno is not None
+            places.add((Path(last.filename).name, last.lineno))
+    return messages, places
 
 
 def _call(attention: Any, rows: int = 8, keys: int | None = None, **arguments: Any) -> Callable[[], Any]:
@@ -167,6 +174,9 @@ def _at_construction() -> dict[str, Callable[[], Any]]:
         "qk_clip": lambda: core(qk_clip=True),
         "largest logit": lambda: core(log_max_attention_logit=True),
         "fp8 scores": lambda: core(fp8_dot_product_attention=True),
+        "fp8 attention": lambda: _with(fp8_multi_head_attention=True),
+        "batch invariant": lambda: _with(batch_invariant_mode=True),
+        "setting of a linear layer": lambda: core("distattn:linear,head_ranks=2"),
         "kept under fp8": lambda: _with(fp8="hybrid", schedule="distattn:ring,remat=keep_out_lse"),
         "cuda graph": lambda: _with(cuda_graph_impl="local"),
         "dynamic groups, mean by rank": lambda: _with(hybrid_context_parallel=True),
@@ -180,7 +190,15 @@ def _in_calls(rank: int, world: int) -> dict[str, Callable[[], Any]]:
 
     own = dist.new_group([rank], use_local_synchronization=True)
     attention = core("distattn:ring,packed=document")
+    twice = thd([8 * world])
     return {
+        "arbitrary mask of a call": _call(attention, attn_mask_type=AttnMaskType.arbitrary),
+        "inside torch's context_parallel": _within(_call(attention), context_parallel_of_torch),
+        "packed rows of a release that cuts in two ways": _within(
+            _call(core("distattn:ring"), packed_seq_params=twice), release_19
+        ),
+        "documents that do not begin": _call(attention, packed_seq_params=_params([4, 8 * world])),
+        "documents that go back": _call(attention, packed_seq_params=_params([0, 8, 4, 8 * world])),
         "dense mask": _call(attention, attention_mask=torch.ones(1, 1, 8, 8, dtype=torch.bool)),
         "bias": _call(attention, attention_bias=torch.zeros(1)),
         "unknown argument": _call(attention, num_splits=4),
@@ -202,16 +220,21 @@ def _in_calls(rank: int, world: int) -> dict[str, Callable[[], Any]]:
 
 def _elsewhere(world: int) -> dict[str, Callable[[], Any]]:
     """Specs, linear layers, ping-pong, checkpoints."""
+    from megatron.core.transformer.dot_product_attention import DotProductAttention
     from megatron.core.transformer.spec_utils import ModuleSpec, build_module
 
     from distattn.integrations import megatron
 
-    def pingpong(schedule: str = "distattn:ring") -> Any:
-        return build_module(
-            megatron.pingpong_layer_spec(schedule, implementation="local"), config=config(context_parallel_size=world)
-        )
+    def pingpong(schedule: str = "distattn:ring", spec: Any = None, **values: Any) -> Any:
+        given = config(context_parallel_size=world)
+        for name, value in values.items():
+            setattr(given, name, value)
+        return build_module(spec or megatron.pingpong_layer_spec(schedule, implementation="local"), config=given)
 
     turns = pingpong()
+    stock, crossed = (megatron.pingpong_layer_spec(implementation="local") for _ in range(2))
+    stock.submodules.self_attention.submodules.core_attention = DotProductAttention
+    crossed.submodules.cross_attention = torch.nn.Identity
     linear = megatron.LinearAttention(config(context_parallel_size=world), kind="gla", num_heads=2, num_value_heads=2)
     hidden = torch.zeros(8, 1, 32)
 
@@ -222,7 +245,33 @@ def _elsewhere(world: int) -> dict[str, Callable[[], Any]]:
         kept._kept.push(q, "one plan", q, q[..., 0])
         kept._kept.pop(q, "another")
 
+    def kept_twice() -> None:
+        q = torch.zeros(1, 8, HEADS, DIM)
+        core("distattn:ring,packed=document,remat=keep_out_lse")._kept.pop(q, "one plan")
+
+    def other_tokens() -> None:
+        kept = core("distattn:ring,packed=document,remat=keep_out_lse")
+        q = torch.ones(1, 8, HEADS, DIM)
+        kept._kept.push(q, "one plan", q, q[..., 0])
+        kept._kept.pop(2 * q, "one plan")
+
     return {
+        "recomputed twice": kept_twice,
+        "recomputed for other tokens": other_tokens,
+        "unknown implementation": lambda: megatron.layer_spec(implementation="apex"),
+        "unknown kind of a layer": lambda: megatron.LinearAttention(config(), kind="mamba7"),
+        "rows that are not the documents'": lambda: megatron.slice_thd_batch(
+            {"tokens": torch.zeros(1, 9)}, torch.tensor([0, 8]), num_ranks=2, rank=0
+        ),
+        "ping-pong of another class": lambda: pingpong(spec=stock, context_parallel_size=1),
+        "ping-pong of cross attention": lambda: pingpong(spec=crossed),
+        "ping-pong with an output gate": lambda: pingpong(attention_output_gate=True),
+        "ping-pong with mla": lambda: pingpong(multi_latent_attention=True),
+        "ping-pong with one fused rope": lambda: pingpong(fused_single_qkv_rope=True),
+        "ping-pong with offloading": lambda: pingpong(fine_grained_activation_offloading=True),
+        "ping-pong with fp32 residuals": lambda: pingpong(fp32_residual_connection=True),
+        "ping-pong recomputing attention": lambda: pingpong(recompute_granularity="selective", recompute_modules=["core_attn"]),
+        "ping-pong with a bias": lambda: turns(torch.zeros(8, 2, 32), attention_bias=torch.zeros(1)),
         "another plan at recomputation": remembered,
         "spec without attention": lambda: megatron.patch_spec(ModuleSpec(module=torch.nn.Identity)),
         "layers that do not fit": lambda: megatron.hybrid_spec(config(), ["softmax"]),
@@ -234,6 +283,48 @@ def _elsewhere(world: int) -> dict[str, Callable[[], Any]]:
         "ping-pong with kept results": lambda: pingpong("distattn:ring,remat=keep_out_lse"),
         "linear inference": lambda: linear(hidden, inference_context=object()),
     }
+
+
+@contextmanager
+def context_parallel_of_torch() -> Iterator[None]:
+    """What torch's context_parallel(...) does while it is entered."""
+    own = F.scaled_dot_product_attention
+    F.scaled_dot_product_attention = _as_of_torch
+    try:
+        yield
+    finally:
+        F.scaled_dot_product_attention = own
+
+
+def _as_of_torch() -> None: ...
+
+
+_as_of_torch.__module__ = "torch.distributed.tensor.experimental"
+
+
+@contextmanager
+def release_19() -> Iterator[None]:
+    """Megatron-core 0.19, without arguments that say how it cuts packed sequences."""
+    from distattn.integrations import megatron_attention
+
+    own = megatron_attention.megatron_version
+    megatron_attention.megatron_version = "0.19.2"
+    try:
+        yield
+    finally:
+        megatron_attention.megatron_version = own
+
+
+def _within(call: Callable[[], Any], context: Callable[[], AbstractContextManager[None]]) -> Callable[[], Any]:
+    def run() -> None:
+        with context():
+            call()
+
+    return run
+
+
+def _params(cu: list[int]) -> Any:
+    return params(cu_seqlens_q=torch.tensor(cu, dtype=torch.int32), cu_seqlens_kv=torch.tensor(cu, dtype=torch.int32))
 
 
 def _with(schedule: str = "distattn:ring", **values: Any) -> Any:
