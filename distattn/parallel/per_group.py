@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import atexit
-import weakref
 from collections import UserDict
 from typing import Any, TypeVar
 
 import torch.distributed as dist
+
+# Its functions' default is the group that there is at its import, which torch.compile's machinery does in the first call of
+# an operator: a group made by then would be kept.
+import torch.distributed.nn.functional  # noqa: F401
 from torch.distributed import distributed_c10d
 
 V = TypeVar("V")
@@ -23,9 +26,7 @@ class PerGroup(UserDict[dist.ProcessGroup, V]):
     def __init__(self) -> None:
         super().__init__()
         self._listed: set[dist.ProcessGroup] = set()
-        _all.add(self)
-
-    __hash__ = object.__hash__  # of all dictionaries here, none equals another
+        atexit.register(self.clear)
 
     def __setitem__(self, group: dist.ProcessGroup, value: V) -> None:
         living: Any = distributed_c10d._world.pg_map
@@ -39,12 +40,3 @@ class PerGroup(UserDict[dist.ProcessGroup, V]):
     def clear(self) -> None:
         self._listed.clear()
         super().clear()
-
-
-_all: weakref.WeakSet[PerGroup[Any]] = weakref.WeakSet()
-
-
-@atexit.register
-def _let_go() -> None:
-    for kept in _all:
-        kept.clear()

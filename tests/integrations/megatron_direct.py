@@ -232,6 +232,8 @@ def _elsewhere(world: int) -> dict[str, Callable[[], Any]]:
         return build_module(spec or megatron.pingpong_layer_spec(schedule, implementation="local"), config=given)
 
     turns = pingpong()
+    stock: Any
+    crossed: Any
     stock, crossed = (megatron.pingpong_layer_spec(implementation="local") for _ in range(2))
     stock.submodules.self_attention.submodules.core_attention = DotProductAttention
     crossed.submodules.cross_attention = torch.nn.Identity

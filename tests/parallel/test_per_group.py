@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import gc
 import weakref
+from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -21,12 +23,12 @@ def attend(group: dist.ProcessGroup) -> None:
 
 def destroyed_groups_that_live(rank: int, world: int) -> bool:
     """Whether a destroyed group is still there once the next one was used."""
-    first = dist.new_group([0, 1])
+    first: Any = dist.new_group([0, 1])
     attend(first)
     seen = weakref.ref(first)
     dist.destroy_process_group(first)
     del first
-    second = dist.new_group([0, 1])
+    second: Any = dist.new_group([0, 1])
     attend(second)
     gc.collect()
     return seen() is not None
@@ -37,11 +39,28 @@ def test_a_destroyed_group_is_let_go() -> None:
     assert run_ranks(destroyed_groups_that_live, 2) == [False, False]
 
 
+def threads_that_stay(rank: int, world: int) -> list[str]:
+    """Gloo's threads once the default group is destroyed and what was kept for it cleared, as when Python exits."""
+    assert dist.group.WORLD is not None
+    attend(dist.group.WORLD)
+    dist.destroy_process_group()
+    for kept in [x for x in gc.get_objects() if type(x) is PerGroup]:
+        kept.clear()
+    gc.collect()
+    names = [path.read_text().strip() for path in Path("/proc/self/task").glob("*/comm")]
+    return [name for name in names if "gloo" in name]
+
+
+def test_nothing_keeps_the_default_group() -> None:
+    """torch's own functions did, whose default argument is the group that there is when they are imported."""
+    assert run_ranks(threads_that_stay, 2) == [[], []]
+
+
 def entries(rank: int, world: int) -> list[list[str]]:
     kept: PerGroup[str] = PerGroup()
     found = []
     for name in ("a", "b"):
-        group = dist.new_group([0, 1])
+        group: Any = dist.new_group([0, 1])
         kept[group] = name
         found.append(sorted(kept.values()))
         if name == "a":
