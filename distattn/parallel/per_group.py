@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import atexit
+import gc
 from collections import UserDict
 from typing import Any, TypeVar
 
@@ -19,14 +20,14 @@ V = TypeVar("V")
 class PerGroup(UserDict[dist.ProcessGroup, V]):
     """A dictionary by process group. Entries of destroyed groups go at the next new entry, and all when Python exits.
 
-    Values may hold their group, which weak keys would keep alive for ever: gloo's threads would then outlive the interpreter
-    and abort the process when they let go of a tensor (seen: "terminate called without an active exception").
+    Values may hold their group, which weak keys would keep alive for ever: a thread of gloo's that frees a work's tensors while
+    the interpreter ends wants its lock, and aborts the process (seen: "terminate called without an active exception").
     """
 
     def __init__(self) -> None:
         super().__init__()
         self._listed: set[dist.ProcessGroup] = set()
-        atexit.register(self.clear)
+        _all.append(self)
 
     def __setitem__(self, group: dist.ProcessGroup, value: V) -> None:
         living: Any = distributed_c10d._world.pg_map
@@ -40,3 +41,14 @@ class PerGroup(UserDict[dist.ProcessGroup, V]):
     def clear(self) -> None:
         self._listed.clear()
         super().clear()
+
+
+_all: list[PerGroup[Any]] = []
+
+
+@atexit.register
+def let_go() -> None:
+    """Clear all that is kept, circles of references included: gloo's threads cannot free what is found after this."""
+    for kept in _all:
+        kept.clear()
+    gc.collect()

@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 
 from distattn import Mask, attention, plan
-from distattn.parallel.per_group import PerGroup
+from distattn.parallel.per_group import PerGroup, let_go
 from distattn.testing import run_ranks
 
 
@@ -44,9 +44,7 @@ def threads_that_stay(rank: int, world: int) -> list[str]:
     assert dist.group.WORLD is not None
     attend(dist.group.WORLD)
     dist.destroy_process_group()
-    for kept in [x for x in gc.get_objects() if type(x) is PerGroup]:
-        kept.clear()
-    gc.collect()
+    let_go()
     names = [path.read_text().strip() for path in Path("/proc/self/task").glob("*/comm")]
     return [name for name in names if "gloo" in name]
 
