@@ -14,11 +14,12 @@ from tests.integrations.transformers_models import batch_of, reference, tiny
 
 KINDS = ("llama", "qwen3", "gemma3", "gpt_oss")
 CASES = ("packed", "left")
-WIDE = {"hidden_size": 128, "head_dim": 64}
+WIDE = {"hidden_size": 128, "head_dim": 64, "initializer_range": 0.06}
+"""A head size that GPU kernels have, and weights so small that bf16 gives some digits of the logits."""
 
 
 def errors(kind: str, case: str, group: dist.ProcessGroup | None) -> tuple[float, float]:
-    """(largest error of our bf16 logits, of eager's), against eager in fp32, on this process's GPU."""
+    """(norm of the error of our bf16 logits, of eager's), against eager in fp32, on this process's GPU."""
     device = torch.device("cuda", torch.cuda.current_device())
     batch = {key: value.to(device) for key, value in batch_of(case, length=700).items()}
     model = tiny(kind, **WIDE, max_position_embeddings=1024).to(device)
@@ -31,8 +32,9 @@ def errors(kind: str, case: str, group: dist.ProcessGroup | None) -> tuple[float
         out = model(**part.inputs)
     out.loss.backward()
     assert all(bool(p.grad.isfinite().all()) for p in model.parameters() if p.grad is not None)
-    ours = part.gather(out.logits)
-    return float((ours - exact).abs().max()), float((eager - exact).abs().max())
+    ours = part.gather(out.logits.detach())
+    assert float((eager - exact).norm()) < 0.2 * float(exact.norm())
+    return float((ours - exact).norm()), float((eager - exact).norm())
 
 
 def cases(rank: int, world: int) -> list[tuple[str, str, float, float]]:
