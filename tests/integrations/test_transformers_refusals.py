@@ -100,6 +100,33 @@ def other_implementation() -> Any:
     adapter.check_model(tiny("llama"), 2)
 
 
+def made_mask(registration: Registration | None = None, **arguments: Any) -> Any:
+    """A causal mask of 5 tokens, asked for as transformers does."""
+    usual = {"batch_size": 1, "q_length": 5, "kv_length": 5, "mask_function": masking_utils.causal_mask_function}
+    return (registration or Registration()).mask_function(**usual | arguments)
+
+
+def any_pairs(batch: Any, head: Any, query: Any, key: Any) -> Any:
+    """A mask function that is not transformers' own."""
+    return query >= key
+
+
+def sharded_mask(registration: Registration | None = None, **arguments: Any) -> Any:
+    with adapter.shard(batch_of("plain")):
+        return made_mask(registration, **arguments)
+
+
+def other_tokens() -> Any:
+    with adapter.shard(batch_of("packed")):
+        return model_of()(input_ids=torch.ones(1, 5, dtype=torch.int64), use_cache=False)
+
+
+def keys_of_another_sequence() -> Any:
+    q, k = torch.randn(1, 2, 5, 8), torch.randn(1, 2, 6, 8)
+    return Registration().attend(torch.nn.Identity(), q, k, k, made_mask(), scaling=1.0)
+
+
+EVALUATED = Registration(unknown_masks="evaluate")
 PACKED = batch_of("packed")
 ONES = torch.ones(2, 21, dtype=torch.int64)
 REFUSED: dict[str, tuple[Callable[[], Any], str]] = {
@@ -110,6 +137,18 @@ REFUSED: dict[str, tuple[Callable[[], Any], str]] = {
     "mask function, sharded": (
         lambda: _sharded_with(model_of("gemma3", use_bidirectional_attention=True)), "a mask function that is not.*own"
     ),
+    "mask function, evaluated on a shard": (
+        lambda: sharded_mask(EVALUATED, mask_function=any_pairs), "a mask function that is not.*tensors that hold a shard"
+    ),
+    "mask function, too many pairs": (
+        lambda: made_mask(EVALUATED, mask_function=any_pairs, q_length=100_000, kv_length=100_000), "100000x100000 pairs"
+    ),
+    "unknown call of mask functions": (lambda: made_mask(q_length=None), "this version of transformers.*5.17 or newer"),
+    "padding over pairs": (lambda: made_mask(attention_mask=torch.ones(1, 1, 5, 5)), r"a Tensor of shape \[1, 1, 5, 5\]"),
+    "a cache under a shard": (lambda: sharded_mask(q_offset=3), "a KV cache on a sharded batch"),
+    "other tokens than the shard's": (other_tokens, r"called with \[1, 5\] tokens inside `with batch:`"),
+    "keys of another sequence": (keys_of_another_sequence, "its mask is for 1 rows of 5 queries and 5 keys"),
+    "no tokens": (lambda: adapter.shard({"labels": ONES}), "input_ids must be a tensor"),
     "attention weights": (lambda: call(model_of(), output_attentions=True), "output_attentions"),
     "bias": (lambda: call(model_of(), attention_bias=torch.zeros(1)), "the argument attention_bias.*ignored"),
     "score_mod": (lambda: call(model_of(), score_mod=max), "the argument score_mod"),
