@@ -18,6 +18,7 @@ BENCHES = {
         "a step with attention disaggregated, beside other ways to share it",
     ),
     "linear": ("distattn.bench.linear", "linear attention against fla, by length, and its exchanges over ranks"),
+    "recall": ("distattn.bench.recall", "which kinds of layers find again what they have read, and how far back"),
     "calibrate": ("distattn.bench.calibrate", "kernels and links of this machine, for automatic choices and predictions"),
 }
 
