@@ -45,6 +45,27 @@ class KernelRate:
 
 
 @dataclass(frozen=True)
+class KernelCell:
+    """How far one measured time was from what the rates say: a choice among kernels corrects the rates near such cells.
+
+    cell: in words, as ``causal 32K 64:8 D128``. group: query heads a KV head. launches, rows, steps, pairs, cut_pairs: as in
+    ``KernelRate``, of all kernels of the backend together. ratio: seconds that were measured ÷ seconds by the rates.
+    """
+
+    cell: str
+    backend: str
+    backward: bool
+    head_dim: int
+    group: int
+    launches: float
+    rows: float
+    steps: float
+    pairs: float
+    cut_pairs: float
+    ratio: float
+
+
+@dataclass(frozen=True)
 class LinkRate:
     """What one operation sustained: seconds = latency_us · 10^-6 + bytes / (gb_per_second · 10^9).
 
@@ -67,11 +88,12 @@ class Calibration:
     commit: str = "unknown"
     kernels: tuple[KernelRate, ...] = ()
     links: tuple[LinkRate, ...] = ()
+    cells: tuple[KernelCell, ...] = ()
 
     @property
     def digest(self) -> str:
         """Equal where the rates are; ranks compare it, since they must make the same choices."""
-        rates = json.dumps([self.device, [asdict(x) for x in (*self.kernels, *self.links)]])
+        rates = json.dumps([self.device, [asdict(x) for x in (*self.kernels, *self.links, *self.cells)]])
         return hashlib.blake2b(rates.encode(), digest_size=8).hexdigest()
 
     def save(self, path: Path | None = None) -> Path:
@@ -79,9 +101,16 @@ class Calibration:
         target = calibration_path(self.device) if path is None else path
         target.parent.mkdir(parents=True, exist_ok=True)
         part = target.with_name(f"{target.name}.{os.getpid()}.part")
-        part.write_text(json.dumps({"format": FORMAT, **asdict(self)}, indent=1) + "\n")
+        part.write_text(self._text())
         part.replace(target)
         return target
+
+    def _text(self) -> str:
+        """JSON with a line for each cell, of which there are hundreds."""
+        entry = {"format": FORMAT, **asdict(self)}
+        rows = ",\n  ".join(json.dumps(list(cell.values())) for cell in entry.pop("cells"))
+        head = json.dumps(entry, indent=1).removesuffix("\n}")
+        return f'{head},\n "cells": [\n  {rows}\n ]\n}}\n'
 
     def updated(self, **changes: Any) -> Calibration:
         """With some fields replaced, as where links are measured after kernels."""
@@ -129,4 +158,5 @@ def parse_calibration(entry: Any) -> Calibration:
         commit=str(entry["commit"]),
         kernels=tuple(KernelRate(**x) for x in entry["kernels"]),
         links=tuple(LinkRate(**x) for x in entry["links"]),
+        cells=tuple(KernelCell(*x) for x in entry.get("cells", ())),
     )

@@ -3,7 +3,8 @@
     distattn bench calibrate --only kernels          seconds of each attention kernel by launches, rows, steps and blocks
 
 Kernels: each backend is timed on masks whose launches, rows and blocks differ; the numbers of a ``KernelRate`` are the
-non-negative ones that fit these times with the least relative error. The result goes where ``distattn`` looks for it, and
+non-negative ones that fit these times with the least relative error. How far each time is from the fit is kept as a
+``KernelCell``, by which choices correct it. The result goes where ``distattn`` looks for it, and
 with --json also elsewhere, with the times.
 """
 
@@ -13,7 +14,7 @@ import gc
 import itertools
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, NamedTuple
 
 import numpy as np
 import torch
@@ -23,9 +24,11 @@ from distattn.bench.engines import Cell, Problem, first_call, tiles_of
 from distattn.bench.options import head_pairs, names, positive_integers
 from distattn.bench.record import Record, environment
 from distattn.bench.timing import CellTimeoutError, limit, median_ms
-from distattn.calibration import Calibration, KernelRate, calibration_path, load_calibration
+from distattn.calibration import Calibration, KernelCell, KernelRate, calibration_path, load_calibration
 from distattn.errors import ConfigError, UnsupportedError
 from distattn.kernels import BACKENDS
+from distattn.kernels.measured import amounts_of
+from distattn.kernels.selection import Rates, predicted_seconds
 from distattn.kernels.workload import NOTHING, Work, work_of
 
 MASKS = (
@@ -40,6 +43,16 @@ HOST_SPREAD = 2
 """if it also takes no more than so many times as long for a launch as the quickest such cell: merging rows takes longer."""
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+
+
+class Timed(NamedTuple):
+    """A cell as one backend computed it; work: by the kernel that does it."""
+
+    cell: Cell
+    backend: str
+    work: dict[str, Work]
+    forward_ms: float
+    backward_ms: float
 
 
 @app.command()
@@ -72,10 +85,12 @@ def main(
             for mask in MASKS
         ]
         chosen = names("engines", engines, [name for name in BACKENDS if name != "reference"])
-        rates = calibrate_kernels(cells, chosen, seconds=seconds, record=record)
+        rates, measured = calibrate_kernels(cells, chosen, seconds=seconds, record=record)
         timed = {(x.backend, x.head_dim) for x in rates}
-        kept = [x for x in before.kernels if (x.backend, x.head_dim) not in timed and before.versions == found.versions]
-        found = found.updated(kernels=(*rates, *kept))
+        same = before.versions == found.versions
+        kept = [x for x in before.kernels if same and (x.backend, x.head_dim) not in timed]
+        kept_cells = [x for x in before.cells if same and (x.backend, x.head_dim) not in timed]
+        found = found.updated(kernels=(*rates, *kept), cells=(*measured, *kept_cells))
         print(_table(found.kernels))
     if only in ("", "links"):
         from distattn.bench.calibrate_links import calibrate_links
@@ -86,10 +101,10 @@ def main(
 
 def calibrate_kernels(
     cells: Sequence[Cell], engines: Sequence[str], *, seconds: float, record: Record | None = None
-) -> tuple[KernelRate, ...]:
-    """Rates of those of the backends that run here. Raises UnsupportedError where none does."""
+) -> tuple[tuple[KernelRate, ...], tuple[KernelCell, ...]]:
+    """Rates of those of the backends that run here, and cells for them. Raises UnsupportedError where none does."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    times: dict[tuple[str, int], list[tuple[dict[str, Work], float, float]]] = {}
+    timed: list[Timed] = []
     for cell, name in itertools.product(cells, engines):
         key = f"{cell.key}|{name}"
         entry = record.results[key] if record is not None and key in record else _times(name, cell, device, seconds)
@@ -97,10 +112,27 @@ def calibrate_kernels(
             record.add(key, entry)
         if "not_run" not in entry:
             work = work_of(name, [tiles_of(cell)[0]], group=cell.group)
-            times.setdefault((name, cell.head_dim), []).append((work, entry["forward_ms"], entry["backward_ms"]))
-    if not times:
+            timed.append(Timed(cell, name, work, entry["forward_ms"], entry["backward_ms"]))
+    if not timed:
         raise UnsupportedError("no kernel could be measured: `distattn doctor` says which run here, and why the others do not")
-    return fit_all(times)
+    times: dict[tuple[str, int], list[tuple[dict[str, Work], float, float]]] = {}
+    for x in timed:
+        times.setdefault((x.backend, x.cell.head_dim), []).append((x.work, x.forward_ms, x.backward_ms))
+    rates = fit_all(times)
+    return rates, cells_of(timed, Rates(Calibration(device, kernels=rates), device))
+
+
+def cells_of(timed: Sequence[Timed], rates: Rates) -> tuple[KernelCell, ...]:
+    """How far each time is from what ``rates`` say; none for a backend without a rate of its own."""
+    found = []
+    for (cell, name, work, *times), backward in itertools.product(timed, (False, True)):
+        by_rates = predicted_seconds(work, rates, backward=backward, width=cell.head_dim)
+        own = rates.find(name, backward, cell.head_dim)
+        if not by_rates or own is None or own.head_dim != cell.head_dim:
+            continue
+        amounts, ratio = amounts_of(work, backward=backward), float(f"{times[backward] / 1e3 / by_rates:.5g}")
+        found.append(KernelCell(cell.key, name, backward, cell.head_dim, cell.group, *amounts, ratio=ratio))
+    return tuple(found)
 
 
 def fit_all(times: dict[tuple[str, int], list[tuple[dict[str, Work], float, float]]]) -> tuple[KernelRate, ...]:

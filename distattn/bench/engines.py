@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from distattn import bands
-from distattn.bench.masks import LONGCA_BLOCK_PATTERNS, LONGCA_MASKS, UNIFORM_BLOCK, BlockPattern
+from distattn.bench.masks import LONGCA_BLOCK_PATTERNS, LONGCA_MASKS, PLAN_SIZES, SPARSE_PLANS, BlockPattern
 from distattn.bench.predicates import Predicate, block_predicate, predicate
 from distattn.bench.timing import median_ms, synchronize
 from distattn.errors import UnsupportedError
@@ -89,7 +89,7 @@ class Problem:
     @property
     def block_plan_size(self) -> int:
         """The block size that makes a block plan of the pattern; 0 where its blocks have other sizes."""
-        return UNIFORM_BLOCK if self.cell.mask == "uniform_block" else 0
+        return PLAN_SIZES.get(self.cell.mask, 0)
 
     def block_plan(self) -> BlockPlan:
         assert self.pattern is not None
@@ -137,8 +137,9 @@ def engine_names() -> tuple[str, ...]:
 
 def tiles_of(cell: Cell) -> tuple[np.ndarray, BlockPattern | None]:
     """The mask as tiles, int64 [n, 9]; and the block pattern that it is made from, if it is."""
-    if cell.mask in LONGCA_BLOCK_PATTERNS:
-        pattern = LONGCA_BLOCK_PATTERNS[cell.mask](cell.length, cell.kv_heads, SEED)
+    patterns = {**LONGCA_BLOCK_PATTERNS, **SPARSE_PLANS}
+    if cell.mask in patterns:
+        pattern = patterns[cell.mask](cell.length, cell.kv_heads, SEED)
         return pattern_tiles(pattern, cell.group), pattern
     mask_bands = bands.coalesce(LONGCA_MASKS[cell.mask](cell.length, SEED).bands)
     tiles = np.zeros((len(mask_bands), len(TILE_COLUMNS)), np.int64)

@@ -1,10 +1,12 @@
 """How fast is each attention kernel here, and is it right? ``distattn bench kernels``.
 
     distattn bench kernels --quick --json benchmarks/results/kernels-h100.json --plot docs/images/kernels.png
+    distattn bench kernels --block-plans --json benchmarks/results/kernels-block-plans-h100.json
 
 The masks of LongCA-bench, 12 static ones and 2 that differ by head. TFLOP/s count the mask's exact area A over all query
 heads: forward 4·A·head_dim, backward 2.5 times that. Cells that the JSON file already has, of the same device and commit, are
-not run again.
+not run again. With --block-plans: the rate on the listed blocks of plans that keep a tenth of them, beside that of the mask
+which hides nothing, by the same engine in the same run.
 """
 
 from __future__ import annotations
@@ -22,10 +24,11 @@ import typer
 from torch import Tensor
 
 from distattn.bench.engines import MASKS, PEERS, SEED, Cell, Engine, Problem, delta_of, engine_names, first_call
+from distattn.bench.masks import SPARSE_PLANS
 from distattn.bench.options import head_pairs, names, positive_integers
 from distattn.bench.record import Record, environment
 from distattn.bench.timing import CellTimeoutError, limit, median_ms
-from distattn.errors import DistattnError
+from distattn.errors import ConfigError, DistattnError
 from distattn.kernels import BACKENDS
 from distattn.kernels.merge import empty_carry, finish
 from distattn.kernels.protocol import T_K0, T_Q0
@@ -35,6 +38,16 @@ MAX_ERROR = {"cuda": 2e-2, "cpu": 1e-4}
 
 CHECKED_ROWS, CHECKED_KEYS = 256, 128
 
+DENSE = "full"
+"""The mask whose rate a plan's is set against."""
+
+_DEFAULTS = {
+    "grid": ("8192,32768,131072", "64:8,16:16", "128,64"),
+    "quick": ("32768", "64:8", "128"),
+    "block-plans": ("65536", "16:2", "128"),
+}
+"""Lengths, heads and head dimensions."""
+
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
 
@@ -42,24 +55,29 @@ app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 def main(
     json_path: Annotated[Path, typer.Option("--json", help="results; cells found there are not run again")],
     quick: Annotated[bool, typer.Option("--quick", help="32K tokens, 64:8 heads of 128 alone")] = False,
+    block_plans: Annotated[bool, typer.Option("--block-plans", help="plans of a tenth, 64K tokens, 16:2 heads of 128")] = False,
     masks: Annotated[str, typer.Option(help="comma-separated; default all")] = "",
     lengths: Annotated[str, typer.Option(help="tokens, comma-separated; default 8192,32768,131072")] = "",
     heads: Annotated[str, typer.Option(help="query:KV heads, comma-separated; default 64:8,16:16")] = "",
     head_dims: Annotated[str, typer.Option(help="comma-separated; default 128,64")] = "",
-    engines: Annotated[str, typer.Option(help="comma-separated; default all")] = "",
+    engines: Annotated[str, typer.Option(help="comma-separated; default all, with --block-plans auto,triton")] = "",
     seconds: Annotated[float, typer.Option(help="of repeats for each time, after two warm-ups; at least three repeats")] = 0.5,
     cell_seconds: Annotated[float, typer.Option(help="a cell that takes longer is given up; 0: none is")] = 120,
     plot: Annotated[Path | None, typer.Option(help="draw the results as a picture")] = None,
     commit: Annotated[str, typer.Option(help="where the checkout is no git repository")] = "",
 ) -> None:
     """Time attention kernels on the masks of LongCA-bench, forward and backward, beside FlexAttention and FlashAttention-4."""
-    chosen_engines = names("engines", engines, engine_names())
+    if quick and block_plans:
+        raise ConfigError("--quick and --block-plans each choose what is measured: give one of them")
+    known_masks = (DENSE, *SPARSE_PLANS) if block_plans else MASKS
+    shape = _DEFAULTS["block-plans" if block_plans else "quick" if quick else "grid"]
+    chosen_engines = names("engines", engines or ("auto,triton" if block_plans else ""), engine_names())
     cells = [
         Cell(mask, length, *pair, head_dim)
-        for pair in head_pairs("heads", heads or ("64:8" if quick else "64:8,16:16"))
-        for head_dim in positive_integers("head-dims", head_dims or ("128" if quick else "128,64"))
-        for length in positive_integers("lengths", lengths or ("32768" if quick else "8192,32768,131072"))
-        for mask in names("masks", masks, MASKS)
+        for pair in head_pairs("heads", heads or shape[1])
+        for head_dim in positive_integers("head-dims", head_dims or shape[2])
+        for length in positive_integers("lengths", lengths or shape[0])
+        for mask in names("masks", masks, known_masks)
     ]
     about = {
         "unit": "TFLOP/s by exact mask area: forward 4·A·head_dim, backward 2.5 times that; A over all query heads",
@@ -158,13 +176,14 @@ def _relative(got: Tensor, want: Tensor) -> float:
 
 
 def table(results: dict[str, dict[str, Any]], engines: list[str]) -> str:
-    """Forward/backward TFLOP/s, a line for each cell; then ratios of speed to FlexAttention's."""
+    """Forward/backward TFLOP/s, a line for each cell; then ratios of speed to FlexAttention's, and of plans to no plan."""
     lines = [f"{'forward/backward TFLOP/s':42s}" + "".join(f"{name:>13s}" for name in engines)]
     cells = list(dict.fromkeys(key.split("|")[0] for key in results))
     for cell in cells:
         texts = [_cell_text(results.get(f"{cell}|{name}")) for name in engines]
         lines.append(f"{cell:42s}" + "".join(f"{text:>13s}" for text in texts))
     lines += [f"{name} / flex: {text}" for name in engines if name != "flex" and (text := _against_flex(results, cells, name))]
+    lines += [text for name in engines for cell in cells if (text := _against_dense(results, cell, name))]
     reasons = {f"{key.split('|')[1]}: {e['not_run']}" for key, e in results.items() if e.get("not_run")}
     return "\n".join([*lines, *(f"n/a {reason}" for reason in sorted(reasons)), "! = wrong result, or failed"])
 
@@ -186,3 +205,13 @@ def _against_flex(results: dict[str, dict[str, Any]], cells: list[str], name: st
         ratios = [flex[f"{direction}_ms"] / mine[f"{direction}_ms"] for mine, flex in pairs]
         parts.append(f"{direction} {statistics.geometric_mean(ratios):.2f} (least {min(ratios):.2f})")
     return f"{', '.join(parts)}, {len(pairs)} cells"
+
+
+def _against_dense(results: dict[str, dict[str, Any]], cell: str, name: str) -> str:
+    """A plan's rate on its listed pairs as a share of the dense rate; nothing for other masks, or where one did not run."""
+    mask, _, shape = cell.partition(" ")
+    plan, dense = results.get(f"{cell}|{name}", {}), results.get(f"{DENSE} {shape}|{name}", {})
+    if mask not in SPARSE_PLANS or "not_run" in plan or "forward_tflops" not in dense:
+        return ""
+    shares = (f"{d} {plan[f'{d}_tflops'] / dense[f'{d}_tflops']:.2f}" for d in ("forward", "backward"))
+    return f"{name}, {cell}: {', '.join(shares)} of its rate on {DENSE}"

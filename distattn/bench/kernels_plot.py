@@ -10,7 +10,7 @@ from distattn.errors import UnsupportedError
 
 COLOURS = {
     "triton": "#4878cf", "cudnn": "#6acc65", "flash": "#b8b8b8", "fa4": "#956cb4", "auto": "#222222", "flex": "#d65f5f",
-    "fa4_mask_mod": "#c4ad66",
+    "fa4_mask_mod": "#c4ad66", "hopper": "#1f9e9e",
 }  # fmt: skip
 
 

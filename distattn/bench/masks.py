@@ -138,6 +138,8 @@ LONGCA_MASKS: Mapping[str, Callable[[int, int], Mask]] = {
 KEPT = 0.2
 """Share of the key blocks that each row of a block pattern keeps; the benchmark has 0.1 to 1."""
 UNIFORM_BLOCK = 128
+SPARSE_KEPT = 0.1
+"""The same of the plans whose rate is set against the dense one."""
 VARIABLE_BLOCK = 512
 SMALLEST_BLOCK = 128
 
@@ -151,9 +153,21 @@ class BlockPattern(NamedTuple):
 
 
 def _uniform_block(tokens: int, kv_heads: int, seed: int) -> BlockPattern:
+    return _equal_blocks(tokens, kv_heads, seed, UNIFORM_BLOCK, KEPT)
+
+
+def _plan_of_128(tokens: int, kv_heads: int, seed: int) -> BlockPattern:
+    return _equal_blocks(tokens, kv_heads, seed, 128, SPARSE_KEPT)
+
+
+def _plan_of_64(tokens: int, kv_heads: int, seed: int) -> BlockPattern:
+    return _equal_blocks(tokens, kv_heads, seed, 64, SPARSE_KEPT)
+
+
+def _equal_blocks(tokens: int, kv_heads: int, seed: int, size: int, kept: float) -> BlockPattern:
+    edges = np.append(np.arange(0, tokens, size), tokens)
     generator = np.random.default_rng(seed)
-    edges = np.append(np.arange(0, tokens, UNIFORM_BLOCK), tokens)
-    return BlockPattern(edges, edges, _top_blocks(generator, kv_heads, len(edges) - 1, len(edges) - 1))
+    return BlockPattern(edges, edges, _top_blocks(generator, kv_heads, len(edges) - 1, len(edges) - 1, kept))
 
 
 def _variable_block(tokens: int, kv_heads: int, seed: int) -> BlockPattern:
@@ -169,10 +183,10 @@ def _variable_block(tokens: int, kv_heads: int, seed: int) -> BlockPattern:
     return BlockPattern(edges[0], edges[1], _top_blocks(generator, kv_heads, num_blocks, num_blocks))
 
 
-def _top_blocks(generator: np.random.Generator, kv_heads: int, num_q: int, num_k: int) -> np.ndarray:
+def _top_blocks(generator: np.random.Generator, kv_heads: int, num_q: int, num_k: int, kept: float = KEPT) -> np.ndarray:
     """The key blocks of highest uniform score in each row."""
     order = generator.random((kv_heads, num_q, num_k)).argsort(-1)
-    return order.argsort(-1) < max(1, int(KEPT * num_k))
+    return order.argsort(-1) < max(1, int(kept * num_k))
 
 
 LONGCA_BLOCK_PATTERNS: Mapping[str, Callable[[int, int, int], BlockPattern]] = {
@@ -180,3 +194,12 @@ LONGCA_BLOCK_PATTERNS: Mapping[str, Callable[[int, int, int], BlockPattern]] = {
     "variable_block": _variable_block,
 }
 """The two dynamic masks: (tokens, KV heads, seed) → blocks of each KV head; all its query heads follow it."""
+
+SPARSE_PLANS: Mapping[str, Callable[[int, int, int], BlockPattern]] = {
+    "block_plan_128": _plan_of_128,
+    "block_plan_64": _plan_of_64,
+}
+"""Block plans that keep a tenth of the blocks of each row, by the size of their blocks; not of LongCA-bench."""
+
+PLAN_SIZES: Mapping[str, int] = {"uniform_block": UNIFORM_BLOCK, "block_plan_128": 128, "block_plan_64": 64}
+"""Patterns whose blocks are of one size, so that they make a block plan."""

@@ -1,6 +1,7 @@
 """Which backend is predicted to be the fastest for given tiles, forward and backward each for itself.
 
-Rates are measured: by ``distattn bench calibrate`` on this machine, else those that come with distattn for Hopper GPUs.
+Rates are measured: by ``distattn bench calibrate`` on this machine, else those that come with distattn for Hopper GPUs. The
+times measured for them correct what they say of tiles like those that were timed (``distattn.kernels.measured``).
 """
 
 from __future__ import annotations
@@ -15,15 +16,16 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from distattn.calibration import Calibration, KernelRate, load_calibration, parse_calibration
+from distattn.calibration import Calibration, KernelCell, KernelRate, load_calibration, parse_calibration
+from distattn.kernels.measured import UNCORRECTED, Correction, amounts_of, correction
 from distattn.kernels.protocol import Backend, Carry, Case, Extras, WholeBackend
 from distattn.kernels.workload import Work, work_of
 
 SHIPPED = "rates_h100.json"
 """Measured by ``distattn bench calibrate --only kernels`` on the device that it names."""
 
-WORTH_A_SECOND_KERNEL = 0.03
-"""The share of a direction's time that must be saved before forward and backward take different kernels."""
+WORTH_A_SECOND_KERNEL = 0.02
+"""The share of either direction's time that must be saved before forward and backward take different kernels."""
 
 
 @dataclass(frozen=True)
@@ -155,9 +157,14 @@ def fastest(case: Case, names: Sequence[str], tables: Sequence[np.ndarray], rate
     group = max(1, case.heads // max(1, case.kv_heads))
     works = {name: work_of(name, tables, group=group) for name in names}
     times: dict[bool, dict[str, float]] = {}
+    near: dict[bool, dict[str, str]] = {False: {}, True: {}}
     for backward in (False, True):
-        found = {n: predicted_seconds(w, rates, backward=backward, width=width) for n, w in works.items()}
-        times[backward] = {name: seconds for name, seconds in found.items() if seconds is not None}
+        times[backward] = {}
+        for name, work in works.items():
+            seconds = predicted_seconds(work, rates, backward=backward, width=width)
+            if seconds is not None:
+                factor, near[backward][name] = corrected(name, work, rates, backward=backward, width=width, group=group)
+                times[backward][name] = factor * seconds
         if not times[backward]:
             return None
     best = {backward: min(found, key=found.__getitem__) for backward, found in times.items()}
@@ -165,16 +172,26 @@ def fastest(case: Case, names: Sequence[str], tables: Sequence[np.ndarray], rate
     if best[False] != best[True] and both:
         # One kernel for both directions is simpler, and costs one compilation less.
         one = min(both, key=lambda name: times[False][name] + times[True][name])
-        split = times[False][best[False]] + times[True][best[True]]
-        if times[False][one] + times[True][one] <= (1 + WORTH_A_SECOND_KERNEL) * split:
+        if all(times[b][one] <= (1 + WORTH_A_SECOND_KERNEL) * times[b][best[b]] for b in times):
             best = {False: one, True: one}
     shown = "; ".join(
-        f"{'backward' if backward else 'forward'} {_shown(times[backward], best[backward])}" for backward in (False, True)
+        f"{'backward' if backward else 'forward'} {_shown(times[backward], best[backward], near[backward])}"
+        for backward in (False, True)
     )
     return Choice(best[False], best[True], f"predicted: {shown}; by {rates.origin}")
 
 
-def _shown(times: Mapping[str, float], best: str) -> str:
+def corrected(name: str, work: Mapping[str, Work], rates: Rates, *, backward: bool, width: int, group: int) -> Correction:
+    """What the times measured for the rates say of them near this work of one backend."""
+    rate = rates.find(name, backward, width)
+    if rate is None or not rates.calibration.cells:
+        return UNCORRECTED
+    amounts = amounts_of(work, backward=backward)
+    return correction(rates.calibration, KernelCell("", name, backward, rate.head_dim, group, *amounts, ratio=1.0))
+
+
+def _shown(times: Mapping[str, float], best: str, near: Mapping[str, str]) -> str:
     others = sorted((name for name in times if name != best), key=times.__getitem__)
     beside = ", ".join(f"{name} {times[name] * 1e3:.3g}" for name in others)
-    return f"{best} {times[best] * 1e3:.3g} ms" + (f" ({beside})" if beside else "")
+    measured = f", as measured near {near[best]}" if near[best] else ""
+    return f"{best} {times[best] * 1e3:.3g} ms" + (f" ({beside})" if beside else "") + measured

@@ -146,7 +146,8 @@ def predict(
     value_dim = head_dim if value_dim is None else value_dim
     width = max(head_dim, value_dim)
     if price is None:
-        price = kernel_time.price(mask, hardware, program.heads, width, backward=program.backward)
+        group = program.heads // program.kv_heads
+        price = kernel_time.price(mask, hardware, program.heads, width, backward=program.backward, group=group)
     needs_out = hardware.needs_out if price is None else BACKENDS[price.backend].needs_out
     narrow = hardware.name != "cpu" if price is None else gives_input_dtype(BACKENDS[price.backend])
     shape = Shape(head_dim, value_dim, str(dtype).removeprefix("torch."), needs_out, narrow)

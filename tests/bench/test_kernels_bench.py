@@ -22,6 +22,8 @@ from distattn.bench.record import Record
 from distattn.calibration import load_calibration
 from distattn.cli.bench import bench
 from distattn.errors import ConfigError
+from distattn.kernels.selection import Rates, predicted_seconds
+from distattn.kernels.workload import work_of
 from tests.kernels.oracle import visible
 
 HERE: dict[str, str | None] = {"device": "cpu", "commit": "a", "torch": "b"}
@@ -108,6 +110,22 @@ def test_the_command_checks_times_and_resumes(
     assert set(run_bench(path, "--engines", "auto", "--masks", "full", "--commit", "y")) == {"full 256 4:2 D16|auto"}
 
 
+def test_block_plans_are_set_against_no_plan(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    more = ("--block-plans", "--engines", "auto", "--commit", "x")
+    found = run_bench(tmp_path / "r.json", *more, "--lengths", "1300")
+    assert set(found) == {f"{mask} 1300 4:2 D16|auto" for mask in ("full", "block_plan_128", "block_plan_64")}
+    # 11 blocks of 128 or 21 of 64: a tenth is 1 or 2 for each row, the last of which is short.
+    assert found["full 1300 4:2 D16|auto"]["area"] == 4 * 1300**2
+    assert 0 < found["block_plan_128 1300 4:2 D16|auto"]["area"] <= 4 * 1300 * 128
+    assert not any(entry["wrong"] for entry in found.values())
+    assert all("reference" in entry["choice"] for key, entry in found.items() if not key.startswith("full"))
+    plan, dense = (found[f"{mask} 1300 4:2 D16|auto"]["forward_tflops"] for mask in ("block_plan_64", "full"))
+    share = f"auto, block_plan_64 1300 4:2 D16: forward {plan / dense:.2f}"
+    assert share in capsys.readouterr().out
+    with pytest.raises(ConfigError, match="--quick and --block-plans each choose what is measured"):
+        bench(["kernels", "--json", str(tmp_path / "r.json"), *more, "--quick"])
+
+
 def test_a_wrong_result_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(kernels, "MAX_ERROR", {"cpu": 1e-12})
     arguments = ["--lengths", "64", "--heads", "1:1", "--head-dims", "8", "--seconds", "0", "--engines", "auto"]
@@ -180,11 +198,18 @@ def test_calibrate_writes_where_distattn_looks(
     assert found is not None
     assert {(x.backend, x.backward) for x in found.kernels} >= {("flash_cpu", False), ("flash_cpu", True)}
     assert "flash_cpu D8 forward" in capsys.readouterr().out
-    monkeypatch.setattr(calibrate, "calibrate_kernels", lambda *_, **__: (replace(found.kernels[0], head_dim=16),))
+    measured = json.loads((tmp_path / "times.json").read_text())["results"]["causal 256 2:1 D8|flash_cpu"]
+    cell = next(x for x in found.cells if (x.cell, x.backend, x.backward) == ("causal 256 2:1 D8", "flash_cpu", True))
+    work = work_of("flash_cpu", [tiles_of(Cell("causal", 256, 2, 1, 8))[0]], group=2)
+    by_rates = predicted_seconds(work, Rates(found, ""), backward=True, width=8)
+    assert by_rates is not None
+    assert cell.ratio * by_rates == pytest.approx(measured["backward_ms"] / 1e3, rel=1e-3)
+    monkeypatch.setattr(calibrate, "calibrate_kernels", lambda *_, **__: ((replace(found.kernels[0], head_dim=16),), ()))
     with pytest.raises(SystemExit):
         bench(["calibrate", *arguments, "--commit", "x"])
     again = load_calibration()
     assert again is not None
     assert {x.head_dim for x in again.kernels} == {8, 16}
+    assert again.cells == found.cells  # of kernels that were not timed again
     with pytest.raises(ConfigError, match="--only='lniks' is unknown"):
         bench(["calibrate", "--only", "lniks"])
