@@ -94,6 +94,8 @@ def test_pieces(kind: str, gate: str, interpreter: Executor) -> None:
     [
         ("gated_delta", "scalar", torch.float16, (16, 40), 1e-2),
         ("kda", "vector", torch.float16, (40, 16), 1e-2),
+        ("gla", "vector", torch.float32, (20, 16), 5e-6),
+        ("kda", "vector", torch.float32, (16, 24), 1e-5),
         ("simple_gla", "scalar", torch.float32, (70, 16), 5e-6),
         ("delta", "none", torch.float32, (16, 130), 5e-6),
     ],
