@@ -23,7 +23,8 @@ from distattn.errors import InputError
 from distattn.kernels import Case
 from distattn.kernels.merge import accumulation_dtype
 from distattn.kernels.protocol import WholeBackend
-from distattn.parallel.executor import POSTED, Execution, Kernel, output_gradient_sums
+from distattn.parallel.executor import POSTED, Execution, Kernel
+from distattn.parallel.gradients import output_gradient_sums
 from distattn.parallel.keep import as_fields, like_received, received
 from distattn.planning import DTYPES, Plan, plan_of
 

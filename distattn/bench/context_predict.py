@@ -21,11 +21,11 @@ from distattn.parallel.simulate import Prediction, predict, total_seconds
 
 Prices = tuple[Price | None, Price | None]
 
-_FORWARD_ROW_BYTES = 12
-"""For each feature of a query row in one call: a 16-bit result into a 32-bit carry, and from there to the output."""
+_FORWARD_ROW_BYTES = 6
+"""For each feature of a query row in one call: a 16-bit result merged into another."""
 
-_BACKWARD_ROW_BYTES = 36
-"""The same of dq, dk and dv: added up in 32 bits, and rounded at the end."""
+_BACKWARD_ROW_BYTES = 18
+"""The same of dq, dk and dv: added to another in 16 bits."""
 
 
 @dataclass(frozen=True)

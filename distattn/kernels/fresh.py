@@ -6,7 +6,8 @@ sums, which are cleared here for them.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import itertools
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -75,6 +76,24 @@ def gradients_of_launches(
     if isinstance(backward, LaunchedBackend) and out is not None:
         return backward.each_gradient(q, k, v, out, lse, do, tiles, **settings)
     return None
+
+
+def launches_of_heads(
+    backend: Backend, q: Tensor, k: Tensor, tiles: np.ndarray, *, group: int, taken: Sequence[slice]
+) -> tuple[LaunchedBackend, Sequence[Launch]] | None:
+    """The backward's backend and launches, where each of them takes all rows and keys, of KV heads of its own that are not
+    ``taken`` either; else None."""
+    backward = backend.backward if isinstance(backend, SplitBackend) else backend
+    if not isinstance(backward, LaunchedBackend):
+        return None
+    launches = backward.launches(tiles, group)
+    everything = (0, q.shape[1], 0, k.shape[1])
+    if not launches or any((x.q0, x.q1, x.k0, x.k1) != everything for x in launches):
+        return None
+    heads = sorted([(x.kv0, x.kv1) for x in launches] + [(x.start, x.stop) for x in taken])
+    if any(stop > start for (_, stop), (start, _) in itertools.pairwise(heads)):
+        return None
+    return backward, launches
 
 
 def attend_backward_fresh(

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from distattn.kernels.protocol import Carry
+from distattn.kernels.triton_here import TRITON_DTYPES, why_no_triton
 
 NEGATIVE_INFINITY = float("-inf")
 
@@ -66,12 +67,26 @@ def merge_finished(out: Tensor, lse: Tensor, other: Tensor, other_lse: Tensor) -
 
     out, other [..., Dv] of any floating dtype, lse, other_lse [...]; any strides. Every row of both saw a key.
     """
+    if _in_one_pass(out, lse, other, other_lse):
+        # Imported here: Triton decides at its import whether it interprets kernels.
+        from distattn.kernels.softmax.triton_merge import merge_in_one_pass
+
+        merge_in_one_pass(out, lse, other, other_lse)
+        return
     m = torch.maximum(lse, other_lse)
     weight, other_weight = torch.exp(lse - m), torch.exp(other_lse - m)
     total = weight + other_weight
     merged = out * (weight / total).unsqueeze(-1)
     out.copy_(merged.addcmul_((other_weight / total).unsqueeze(-1), other))
     lse.copy_(m + torch.log(total))
+
+
+def _in_one_pass(out: Tensor, lse: Tensor, other: Tensor, other_lse: Tensor) -> bool:
+    """Whether a Triton kernel merges these."""
+    if why_no_triton(out.device.type, out.dtype) is not None or out.ndim != 4:
+        return False
+    side_by_side = out.stride(-1) == other.stride(-1) == 1
+    return side_by_side and other.dtype in TRITON_DTYPES and lse.dtype == other_lse.dtype == torch.float32
 
 
 def finish(carry: Carry, dtype: torch.dtype) -> tuple[Tensor, Tensor]:

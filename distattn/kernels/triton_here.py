@@ -8,12 +8,14 @@ from functools import lru_cache
 
 import torch
 
+TRITON_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+
 
 def why_no_triton(device_type: str, dtype: torch.dtype) -> str | None:
     """Why no Triton kernel computes on this kind of device in this dtype; None where they do."""
     if not is_installed():
         return "needs the package triton"
-    if dtype not in (torch.bfloat16, torch.float16, torch.float32):
+    if dtype not in TRITON_DTYPES:
         return f"computes bf16, fp16 and fp32, not {dtype}"
     if device_type == "cpu":
         if not is_interpreted():

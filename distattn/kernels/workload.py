@@ -22,6 +22,11 @@ WHOLE_GROUPS = ("triton", "hopper")
 """Backends whose programs for dk and dv go over all query heads of their KV head."""
 
 
+FINISHED_ROW = 0.25
+"""What a row costs whose finished result is merged into another, against one that goes through a carry in fp32: the bytes of
+three 16-bit rows against those of six 32-bit ones."""
+
+
 class Work(NamedTuple):
     """Counted over all heads.
 
@@ -64,18 +69,28 @@ def work_of(backend: str, tables: Sequence[np.ndarray], *, group: int = 1) -> di
     A backend that hands some tiles to another's kernel has two entries.
     """
     found: dict[str, Work] = {}
-    for table in tables:
+    finished = backend in _CUTS and _merges_finished([_CUTS[backend](table) for table in tables])
+    for i, table in enumerate(tables):
         if backend not in _CUTS:
             parts, merged = {backend: [clip_tiles(table)]}, None
         else:
             parts = _CUTS[backend](table)
-            merged = len(tables) > 1 or _share_rows([x for launches in parts.values() for x in launches])
+            several = len(tables) > 1 and not (finished and i == 0)
+            merged = several or _share_rows([x for launches in parts.values() for x in launches])
         for kernel, launches in parts.items():
             work = count(launches, merged)
+            if finished:
+                work = work._replace(rows=work.rows * FINISHED_ROW)
             if kernel in WHOLE_GROUPS:
                 work = work._replace(column_steps=work.column_steps * group)
             found[kernel] = found.get(kernel, NOTHING) + work
     return found
+
+
+def _merges_finished(calls: Sequence[Mapping[str, Sequence[np.ndarray]]]) -> bool:
+    """Whether the results of a pass need no carry: one launch has all rows, and other calls are merged into what it gave."""
+    launches = [[x for parts in call.values() for x in parts if len(x)] for call in calls]
+    return len(calls) > 1 and len(launches[0]) == 1 and not any(_share_rows(x) for x in launches[1:])
 
 
 def _share_rows(launches: Sequence[np.ndarray]) -> bool:

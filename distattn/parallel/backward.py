@@ -7,8 +7,8 @@
 
 Keys and values that are needed again are routed, not reversed: reversed, a chunk would have to come from the far end of its
 way. Each slot is filled in time for its first use, from a rank of its node that holds the same rows by then, else from home.
-Where that takes a stage before the first one and keys come from other nodes, a third of what ranks compute at home is done
-there, for it needs no arrivals. On NVLink (two H100, 32K and 128K tokens) cutting that work cost more than the wait.
+Where that takes a stage before the first one, a third of what ranks compute at home is done there, for it needs no
+arrivals, if they wait for long enough.
 """
 
 from __future__ import annotations
@@ -29,6 +29,7 @@ from distattn.parallel.program import (
     MOVE_DUE,
     MOVE_ISSUE,
     MOVE_KIND,
+    MOVE_ROWS,
     MOVE_SRC,
     Q_IN,
     Q_OUT,
@@ -41,6 +42,11 @@ from distattn.parallel.program import (
 from distattn.parallel.rounds import in_rounds
 
 _UNUSED = 1 << 40
+_COPIED_MEANWHILE = 4
+"""What a device copies within its memory while one from the same node arrives: 1,250 GB/s, against some 330 (H100, NVLink)."""
+
+_SLOWER_BETWEEN_NODES = 7
+"""A link between nodes (400 Gb/s a GPU) against one inside."""
 
 
 def derive_backward(program: Program, *, keep: bool = False, ranks_per_node: int | None = None) -> Program:
@@ -70,8 +76,9 @@ def derive_backward(program: Program, *, keep: bool = False, ranks_per_node: int
     if prologue and (kind == Q_OUT).any():
         _send_from_home_at_once(moves, prologue, program)
     attends[:, ATTEND_STAGE] += prologue
-    if prologue and program.num_ranks > (ranks_per_node or program.num_ranks):
-        attends = _with_work_for_the_prologue(attends, program)
+    if prologue:
+        wait = _rows_awaited(moves, program, np.cumsum(np.append(0, np.diff(row_ranges).ravel()))[row_ptr], ranks_per_node)
+        attends = _with_work_for_the_prologue(attends, program, wait)
     moves = moves[np.lexsort((moves[:, MOVE_DUE], moves[:, MOVE_ISSUE]))]
     attends = attends[np.argsort(attends[:, ATTEND_STAGE], kind="stable")]
     derived = Program(
@@ -99,14 +106,34 @@ def _send_from_home_at_once(moves: np.ndarray, prologue: int, program: Program) 
     moves[copies & (moves[:, MOVE_ISSUE] <= prologue), MOVE_ISSUE] = 0
 
 
-def _with_work_for_the_prologue(attends: np.ndarray, program: Program) -> np.ndarray:
-    """Move a third of the heads of every Attend between home slots to stage 0, where ranks would only wait for keys.
+def _rows_awaited(moves: np.ndarray, program: Program, row_sums: np.ndarray, ranks_per_node: int | None) -> np.ndarray:
+    """KV rows × heads that come to each rank in stage 0, those from other nodes ``_SLOWER_BETWEEN_NODES`` times; int64 [P].
+
+    row_sums: rows before each row set, int64 [sets + 1].
+    """
+    slots = program.slots
+    first = moves[(moves[:, MOVE_KIND] == KV_IN) & (moves[:, MOVE_ISSUE] == 0)]
+    source, target = slots[first[:, MOVE_SRC], SLOT_RANK], slots[first[:, MOVE_DST]]
+    cells = (row_sums[first[:, MOVE_ROWS] + 1] - row_sums[first[:, MOVE_ROWS]]) * (target[:, SLOT_H1] - target[:, SLOT_H0])
+    nodes = ranks_per_node or program.num_ranks
+    cells = np.where(source // nodes == target[:, SLOT_RANK] // nodes, cells, _SLOWER_BETWEEN_NODES * cells)
+    awaited = np.zeros(program.num_ranks, np.int64)
+    np.add.at(awaited, target[:, SLOT_RANK], np.where(source == target[:, SLOT_RANK], 0, cells))
+    return awaited
+
+
+def _with_work_for_the_prologue(attends: np.ndarray, program: Program, awaited: np.ndarray) -> np.ndarray:
+    """Move a third of the heads of Attends between home slots to stage 0, on ranks that would wait there for longer than it
+    takes to put the two parts of their gradients together (a copy of dq, dk and dv).
 
     The rest stays where it hides the last gradients that come home: dK and dV in fp32 are twice the bytes of K and V.
     """
     homes, group = 2 * program.num_ranks, program.group_size
+    rows, keys = program.layout.counts * program.heads, program.key_layout.counts * program.kv_heads
+    waits = 2 * awaited * _COPIED_MEANWHILE > rows + 2 * keys
     width = attends[:, ATTEND_H1] - attends[:, ATTEND_H0]
     at_home = (attends[:, ATTEND_Q] < homes) & (attends[:, ATTEND_KV] < homes) & (width > 1)
+    at_home &= waits[program.slots[attends[:, ATTEND_Q], SLOT_RANK]]
     third = np.maximum(width // 3, 1)
     third = np.where(width > group, np.maximum(third // group, 1) * group, third)
     early = attends[at_home]

@@ -24,10 +24,11 @@ from distattn.kernels.fresh import (
     clear_carry,
     gives_input_dtype,
     gradients_of_launches,
+    launches_of_heads,
     results_of_launches,
     whole_gradients,
 )
-from distattn.kernels.merge import accumulation_dtype, empty_carry, finish, merge_finished, merge_partial
+from distattn.kernels.merge import empty_carry, finish, merge_finished, merge_partial
 from distattn.kernels.protocol import Backend, Carry, Extras
 from distattn.kernels.softmax.launched import Launch
 from distattn.parallel.lowering import ARRIVE, COMPUTE, HOME_KV, HOME_Q, POST, Exchange, Lowered, Part, Rows
@@ -85,8 +86,8 @@ class Execution:
         self.unbegun: set[int] = set()  # arenas whose sums hold anything, and count as empty
         self.finished: tuple[Tensor, Tensor] | None = None  # out and lse of all of home, in place of a carry
         self.results_left = lowered.home_results
-        self.late: dict[str, Tensor] = {}  # gradients of all of home that were not added to their sums yet
-        self.pending: dict[str, list[tuple[slice, Tensor]]] = {}  # the same of some rows, no two of which are the same
+        self.late: dict[str, tuple[Tensor, list[slice]]] = {}  # gradients of home, of all rows of these heads, not added yet
+        self.pending: dict[str, list[tuple[slice, Tensor]]] = {}  # those of some rows of all heads; none meets another
         self.in_flight: dict[int, tuple[Message, Pending]] = {}
         self._allocate(home, kept or {})
         key = self.shape
@@ -94,8 +95,9 @@ class Execution:
             lowered.wire[key] = [wire_of(lowered, exchange, key) for exchange in lowered.exchanges]
         self.wires: list[Wire] = lowered.wire[key]
         self.routes: Sequence[object] = [None] * len(self.wires)
-        if self.wires and isinstance(transport, StagingTransport):
-            self.routes = transport.routes((lowered, key), [wire.send_splits for wire in self.wires])
+        self.staging = transport if isinstance(transport, StagingTransport) else None
+        if self.wires and self.staging is not None:
+            self.routes = self.staging.routes((lowered, key), [wire.send_splits for wire in self.wires])
 
     def steps(self) -> Generator[tuple[str, int], None, None]:
         """Yields (POSTED, t) before and (COMPUTED, t) after computing stage t."""
@@ -127,14 +129,15 @@ class Execution:
         if self.lowered.out_alone:
             return self._field("out", HOME_Q), self._field("lse", HOME_Q)
         if self.finished is not None:
-            return self.finished[0].contiguous(), self.finished[1].contiguous()
+            return self.finished[0].to(self.shape.dtype).contiguous(), self.finished[1].contiguous()
         return finish(self._carry(HOME_Q), self.shape.dtype)
 
     def _gradient(self, name: str, home: int) -> Tensor:
         """A sum at home with what was not added to it yet; both are added and rounded in one pass."""
-        late = self.late.pop(name, None)
-        if late is None:
+        late, heads = self.late.get(name, (None, ()))
+        if late is None or sum(x.stop - x.start for x in heads) < self.lowered.arenas[home].num_heads:
             return self._field(name, home)
+        del self.late[name]
         if home in self.unbegun:
             for rows, part in self.pending.pop(name, ()):
                 late[:, rows].add_(part)
@@ -157,7 +160,7 @@ class Execution:
             rows, heads = lowered.arenas[HOME_Q].num_rows, lowered.arenas[HOME_Q].num_heads
             empty = empty_carry(s.batch, rows, heads, s.value_dim, dtype=s.dtype, device=self.device)
             self.fields["out"], self.fields["lse"] = [empty.acc.to(s.dtype)], [empty.m]
-        self._begin_sums([(i, Rows(np.array([[0, lowered.arenas[i].num_rows]]))) for i in (HOME_Q, HOME_KV)])
+        self.unbegun = {HOME_Q, HOME_KV} if lowered.backward else set() if lowered.out_alone else {HOME_Q}
 
     def _fresh(self, arena: int, dtype: torch.dtype, width: tuple[int, ...]) -> Tensor:
         """Memory for a field of all rows of an arena."""
@@ -187,8 +190,9 @@ class Execution:
         tensor = self._memory(name, arena)
         if _HOME_SUMS.get(name) == arena and (name in self.late or name in self.pending):
             tensor = self._widened(name, arena)
-            if name in self.late:
-                tensor.add_(self.late.pop(name))
+            late, some = self.late.pop(name, (tensor, ()))
+            for heads in some:
+                tensor[:, :, heads].add_(late[:, :, heads])
             for rows, part in self.pending.pop(name, ()):
                 tensor[:, rows].add_(part)
         return tensor
@@ -204,10 +208,10 @@ class Execution:
         return tensor
 
     def _memory(self, name: str, arena: int) -> Tensor:
-        """A field's tensor, which sums and carries at home get when they are begun."""
+        """A field's tensor, which sums and carries at home, and of slots that take turns, get when they are begun."""
         tensor = self.fields[name][arena]
         if tensor is None:
-            assert _LATE_MEMORY.get(name) == arena, f"arena {arena} has no {name}"
+            assert _LATE_MEMORY.get(name) == arena or self.lowered.arenas[arena].turns, f"arena {arena} has no {name}"
             widths = {field: width for field, _, width in self._stored(self.lowered.arenas[arena].kind)}
             tensor = self.fields[name][arena] = self._fresh(arena, self.shape.sums, widths[name])
         return tensor
@@ -226,14 +230,13 @@ class Execution:
             kind, where = self.lowered.arenas[arena].kind, rows.slice
             if self.lowered.backward:
                 starts = {"dq": 0.0} if kind == Q else {"dk": 0.0, "dv": 0.0}
-            elif kind == Q and not (arena == HOME_Q and self.lowered.out_alone):
+            elif kind == Q:
                 starts = {"acc": 0.0, "m": float("-inf"), "l": 0.0}
             else:
                 starts = {}
             if self.lowered.arenas[arena].turns:
-                for name, dtype, width in self._stored(kind):
-                    self.fields[name][arena] = self._fresh(arena, dtype, width) if name in starts else None
-            if arena in (HOME_Q, HOME_KV) or self.lowered.arenas[arena].turns:
+                for name, _, _ in self._stored(kind):
+                    self.fields[name][arena] = None
                 # Cleared when somebody adds to them, if at all: transfers that start here do so before.
                 self.unbegun |= {arena} if starts else set()
                 continue
@@ -261,8 +264,8 @@ class Execution:
             receive.fill_(255)  # an all-ones pattern is NaN in every floating dtype
         sends: list[tuple[int, Tensor]] = []
         send = torch.empty(0, dtype=torch.uint8, device=self.device)
-        if isinstance(self.transport, StagingTransport):
-            send = self.transport.staging(self.routes[number])
+        if self.staging is not None:
+            send = self.staging.staging(self.routes[number])
         for peer, placed in wire.departures:
             in_parts = self.transport.takes_parts and num_fields(placed) <= MAX_PARTS
             for item, fields in placed:
@@ -375,10 +378,11 @@ class Execution:
             return
         out = at("out", q_arena) if self.shape.needs_out else None
         given = (q, k, v, out, at("lse", q_arena), at("do", q_arena))
-        if (q_arena, kv_arena) == (HOME_Q, HOME_KV) and not self.late:
-            gradients = whole_gradients(kernel.backend, *given, tiles, **numbers)
+        if (q_arena, kv_arena) == (HOME_Q, HOME_KV):
+            gradients = None if self.late else whole_gradients(kernel.backend, *given, tiles, **numbers)
             if gradients is not None:
-                self.late = dict(zip(_HOME_SUMS, gradients))
+                self.late = {name: (x, [slice(0, x.shape[2])]) for name, x in zip(_HOME_SUMS, gradients)}
+            if gradients is not None or self._attend_some_heads(*given, tiles, numbers):
                 return
         if (q_arena, kv_arena) != (HOME_Q, HOME_KV) and {q_arena, kv_arena} & self.unbegun:
             pieces = gradients_of_launches(kernel.backend, *given, tiles, **numbers)
@@ -398,20 +402,41 @@ class Execution:
             kernel.backend.attend_backward(*inputs, *sums, **numbers)
 
     def _attend_finished(self, q: Tensor, k: Tensor, v: Tensor, tiles: np.ndarray, numbers: dict[str, Any]) -> bool:
-        """Where home gets no more than two results, the second one can be merged into the first as kernels leave them: with no
-        carry in fp32, nor its passes over memory, and rounded once. Whether that was done."""
+        """Results at home as kernels leave them, the next ones merged into the first, with no carry nor its passes over memory.
+        It stays in the input dtype where there are no more than two, and else in fp32, so that it is rounded once. Whether that
+        was done."""
         left, self.results_left = self.results_left, self.results_left - 1
         first = self.finished is None
-        if left > 2 or "extras" in numbers or (first and HOME_Q not in self.unbegun) or (not first and left != 1):
+        if "extras" in numbers or (first and HOME_Q not in self.unbegun):
             return False
         results = results_of_launches(self.kernel.backend, q, k, v, tiles, whole=first, **numbers)
         if results is None:
             return False
         for launch, out, lse in results:
             if first:
-                self.finished = out, lse
+                self.finished = out.to(self.shape.sums) if left > 2 else out, lse
             elif self.finished is not None:
                 merge_finished(self.finished[0][launch.rows], self.finished[1][launch.rows], out, lse)
+        return True
+
+    def _attend_some_heads(
+        self, q: Tensor, k: Tensor, v: Tensor, out: Tensor | None, lse: Tensor, do: Tensor, tiles: np.ndarray,
+        numbers: dict[str, Any],
+    ) -> bool:  # fmt: skip
+        """The backward at home of heads that get no other gradients of all rows, written to where all heads have their place.
+        Whether that was done."""
+        _, taken = self.late.get("dk", (None, ()))
+        found = launches_of_heads(self.kernel.backend, q, k, tiles, group=numbers["group"], taken=taken)
+        if found is None or out is None:
+            return False
+        backend, launches = found
+        for name, x in zip(_HOME_SUMS, (q, k, v)):
+            self.late.setdefault(name, (x.new_empty(x.shape), []))
+        into = [self.late[name][0] for name in _HOME_SUMS]
+        backend.gradients_into(into, q, k, v, out, lse, do, launches, numbers["scale"], numbers["softcap"])
+        for launch in launches:
+            for name, (_, _, heads) in zip(_HOME_SUMS, (launch.rows, launch.keys, launch.keys)):
+                self.late[name][1].append(heads)
         return True
 
     def _take_gradients(self, pieces: Iterator[tuple[Launch, tuple[Tensor, ...]]], q_arena: int, kv_arena: int) -> None:
@@ -430,13 +455,6 @@ class Execution:
                     self.fields[name][arena] = gradient  # in the input dtype, until somebody adds to it
                 elif not self._postpone(name, arena, where[1], where[2], gradient):
                     self._sum(name, arena)[where].add_(gradient)
-
-
-def output_gradient_sums(out: Tensor, do: Tensor, dlse: Tensor | None) -> Tensor:
-    """delta = Σ do∘out − dlse in fp32 (fp64): [B, S, H] from out, do [B, S, H, Dv] and dlse [B, S, H]."""
-    dtype = accumulation_dtype(out.dtype)
-    delta = (do.to(dtype) * out.to(dtype)).sum(-1)
-    return delta if dlse is None else delta - dlse.to(dtype)
 
 
 def _describe(label: str, backward: bool, exchange: Exchange) -> str:

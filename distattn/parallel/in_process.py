@@ -11,7 +11,8 @@ from torch import Tensor
 from distattn.kernels.protocol import Backend
 from distattn.mask import Mask
 from distattn.parallel.backward import derive_backward
-from distattn.parallel.executor import Execution, Kernel, output_gradient_sums
+from distattn.parallel.executor import Execution, Kernel
+from distattn.parallel.gradients import output_gradient_sums
 from distattn.parallel.lowering import lower
 from distattn.parallel.program import Program
 from distattn.parallel.transport.mailbox import Mailbox

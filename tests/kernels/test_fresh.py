@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
@@ -9,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from distattn.kernels import BACKENDS, Case
 from distattn.kernels.softmax.launched import Inputs, Launch, LaunchedBackend
@@ -16,8 +18,10 @@ from distattn.kernels.tiles import Piece, head_spans, windows
 from distattn.mask import Mask
 from distattn.parallel.backward import derive_backward
 from distattn.parallel.cost import Shape, count
+from distattn.parallel.executor import Execution
 from distattn.parallel.in_process import run_in_process
 from distattn.parallel.layout import Layout
+from distattn.parallel.program import ATTEND_STAGE
 from distattn.parallel.schedulers import SCHEDULERS
 from distattn.parallel.transport.base import Message
 from distattn.parallel.transport.mailbox import MailboxEndpoint
@@ -121,6 +125,72 @@ def test_what_is_written_whole_is_not_added_to() -> None:
     run_in_process(program, mask, *inputs(32, 2, 2), backend=backend, backward_program=backward, poison=True)
     # The forward's second result is merged into the first; in the backward dk and dv are new to each call.
     assert backend.added == 0
+
+
+def test_work_at_home_that_fills_the_wait_for_keys_makes_no_sums(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its two parts have heads of their own, and are put together as kernels left them."""
+    tensors, mask = inputs(48, 6, 6, 4, 4), Mask.causal(48)
+    program = SCHEDULERS["ring"].plan(mask, Layout.zigzag(48, 2), 6, 6)
+    assert (derive_backward(program).attends[:, ATTEND_STAGE] == 0).sum() == 2, "a part of each rank's own work comes first"
+    monkeypatch.setattr(Execution, "_clear", lambda self, arena: pytest.fail(f"arena {arena} of sums was begun"))
+    backend = Launched()
+    found = run_in_process(program, mask, *tensors, backend=backend, poison=True, takes_parts=True)
+    assert backend.added == 0
+    for x, want in zip((found.dq, found.dk, found.dv), oracle(*tensors, mask)[2:], strict=True):
+        torch.testing.assert_close(x, want, atol=1e-10, rtol=0)
+
+
+class _Counted(TorchDispatchMode):
+    """Counts operators that are kernels on a device: all but views and empty memory."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.started: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = func._overloadpacket.__name__
+        if not func.is_view and not name.startswith(("empty", "new_empty", "detach")):
+            self.started[name] += 1
+        return func(*args, **(kwargs or {}))
+
+
+class _Trivial(Launched):
+    """Computes nothing: what is counted is what the executor starts besides kernels."""
+
+    def forward(self, launch: Launch, x: Inputs, scale: float, softcap: float | None) -> tuple[Tensor, Tensor]:
+        return x.q.new_empty((*x.q.shape[:-1], x.v.shape[-1])), x.q.new_empty((x.q.shape[0], x.q.shape[2], x.q.shape[1]))
+
+    def backward(self, launch: Launch, x: Inputs, scale: float, softcap: float | None) -> tuple[Tensor, ...]:
+        return x.q.new_empty(x.q.shape), x.k.new_empty(x.k.shape), x.v.new_empty(x.v.shape)
+
+    def backward_into(
+        self, launch: Launch, x: Inputs, into: Sequence[Tensor], scale: float, softcap: float | None
+    ) -> None:  # fmt: skip
+        pass
+
+
+def test_a_call_starts_little_besides_kernels_and_transfers() -> None:
+    """Both passes of a causal ring of two: nothing is cleared, summed in fp32 or rounded in a pass of its own."""
+    mask = Mask.causal(64)
+    program = SCHEDULERS["ring"].plan(mask, Layout.zigzag(64, 2), 6, 6)
+    tensors = inputs(64, 6, 6, 4, 4)
+    with _Counted() as counted:
+        run_in_process(program, mask, *tensors, backend=_Trivial(), takes_parts=True)
+    names = ("zero_", "fill_", "copy_", "mul_", "addcmul_", "add_")
+    # Copies: twelve of the mailbox, four of the merge, which is one kernel on a GPU. Added: what the other rank's keys gave.
+    assert {name: n for name in names if (n := counted.started[name])} == {"copy_": 16, "addcmul_": 2, "add_": 4}
+
+
+def test_a_short_wait_for_keys_cuts_no_work() -> None:
+    """Of a window that reaches few rows of another rank: putting parts together would take longer than the wait."""
+    mask = Mask.sliding_window(256, 4)
+    program = SCHEDULERS["ring"].plan(mask, Layout.contiguous(256, 2), 6, 6)
+    near, far = derive_backward(program), derive_backward(program, ranks_per_node=1)
+    assert len(near.attends) == len(far.attends) == len(program.attends)
+    whole = SCHEDULERS["ring"].plan(Mask.causal(256), Layout.zigzag(256, 2), 64, 8)
+    near, far = derive_backward(whole), derive_backward(whole, ranks_per_node=1)
+    # Eight KV heads come quickly within a node, and slowly from another.
+    assert (len(near.attends), len(far.attends)) == (len(whole.attends), len(whole.attends) + 2)
 
 
 def test_backends_that_add_find_cleared_sums() -> None:

@@ -296,6 +296,19 @@ def test_layout_is_chosen_by_balance(mask: Mask, strategy: str, layout: str) -> 
     assert choice.reason
 
 
+def test_documents_that_balance_whole_are_not_cut() -> None:
+    """Each cut document is a launch of its own and sends its keys: one long one balances this batch."""
+    lengths = [700, 40_000, 900, 1_500, 2_000, 600]
+    mask = Mask.documents(lengths)
+    layout = choose_layout(mask, 2, "ring").layout
+    assert layout.name == "per_document_zigzag"
+    assert len(layout.ranges) < len(Layout.per_document_zigzag(lengths, 2).ranges)
+    assert area_per_rank(mask, layout).max() * 2 <= 1.01 * mask.area
+    # These balance only where the two longest are cut.
+    mask = Mask.documents([40_000, 700, 15_000, 900, 9_000])
+    assert area_per_rank(mask, choose_layout(mask, 2, "ring").layout).max() * 2 <= 1.05 * mask.area
+
+
 def test_auto_names_every_candidate_and_the_winner_is_the_best() -> None:
     mask = Mask.causal(8192)
     choice = choose_strategy(mask, 4, 6, 2, head_dim=64)

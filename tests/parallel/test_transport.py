@@ -28,7 +28,7 @@ from distattn.parallel.executor import Execution
 from distattn.parallel.layout import Layout
 from distattn.parallel.schedulers import SCHEDULERS
 from distattn.parallel.transport import choice
-from distattn.parallel.transport.base import Message
+from distattn.parallel.transport.base import Message, StagingTransport
 from distattn.parallel.transport.mailbox import Mailbox, MailboxEndpoint
 from distattn.parallel.transport.symmetric import Route
 from distattn.planning import Plan, plan
@@ -171,7 +171,7 @@ def test_bad_input_on_one_rank_reaches_the_others() -> None:
     assert results[0][1] < 5
 
 
-class StagingEndpoint(MailboxEndpoint):
+class StagingEndpoint(MailboxEndpoint, StagingTransport):
     """Has messages packed into buffers of its own, full of what was there before, as slots of symmetric memory are."""
 
     def routes(self, key: object, send_splits: Sequence[Sequence[int]]) -> Sequence[int]:

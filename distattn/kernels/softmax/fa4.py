@@ -36,7 +36,7 @@ _WINDOW = {"softmax_scale", "causal", "softcap", "window_size_left", "window_siz
 _PACKED = {"cu_seqlens_q", "cu_seqlens_k", "max_seqlen_q", "max_seqlen_k"}
 _ARGUMENTS = {
     "_flash_attn_fwd": {"q", "k", "v", "return_lse"} | _WINDOW | _PACKED,
-    "_flash_attn_bwd": {"q", "k", "v", "out", "dout", "lse"} | _WINDOW | _PACKED,
+    "_flash_attn_bwd": {"q", "k", "v", "out", "dout", "lse", "dq", "dk", "dv"} | _WINDOW | _PACKED,
 }
 
 
@@ -108,6 +108,17 @@ class Fa4Backend(LaunchedBackend):
         if "cu_seqlens_q" not in settings:
             return function(*given, **settings)[:3]
         return tuple(_stacked(parts) for parts in zip(*(function(*entry, **settings)[:3] for entry in zip(*given))))
+
+    def backward_into(
+        self, launch: Launch, x: Inputs, into: Sequence[Tensor], scale: float, softcap: float | None
+    ) -> None:  # fmt: skip
+        function, settings = _interface()._flash_attn_bwd, _settings(launch, x.q.device, scale, softcap)
+        assert x.out is not None
+        assert x.lse is not None
+        assert x.do is not None
+        given = (x.q, x.k, x.v, x.out, x.do, x.lse, *into)
+        for *entry, dq, dk, dv in [given] if "cu_seqlens_q" not in settings else zip(*given):
+            function(*entry, dq=dq, dk=dk, dv=dv, **settings)
 
 
 def _stacked(parts: Sequence[Tensor]) -> Tensor:

@@ -74,6 +74,13 @@ class LaunchedBackend(ABC):
     def backward(self, launch: Launch, x: Inputs, scale: float, softcap: float | None) -> tuple[Tensor, ...]:
         """(dq, dk, dv), of the shapes of q, k and v."""
 
+    def backward_into(
+        self, launch: Launch, x: Inputs, into: Sequence[Tensor], scale: float, softcap: float | None
+    ) -> None:  # fmt: skip
+        """``backward`` into given views of the shapes of q, k and v, in the input dtype. Here: computed, then copied."""
+        for view, gradient in zip(into, self.backward(launch, x, scale, softcap)):
+            view.copy_(gradient[..., : view.shape[-1]])
+
     def prepare(self, *tensors: Tensor) -> list[Tensor]:
         """Tensors [B, N, H, ·] as the kernel takes them; wider ones are cut to size again afterwards."""
         return list(tensors)
@@ -183,6 +190,16 @@ class LaunchedBackend(ABC):
     ) -> Iterator[tuple[Launch, tuple[Tensor, ...]]]:  # fmt: skip
         """Each launch with what it gives dq, dk and dv, in the input dtype and in memory of its own."""
         return self._each_gradient(self.launches(tiles, group), (q, k, v, out, do), lse, scale, softcap)
+
+    def gradients_into(
+        self, into: Sequence[Tensor], q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, do: Tensor,
+        launches: Sequence[Launch], scale: float, softcap: float | None,
+    ) -> None:  # fmt: skip
+        """What launches give dq, dk and dv [B, N, H, ·], written to their places there; no two of them share one."""
+        q, k, v, out, do = self.prepare(q, k, v, out.to(q.dtype), do.to(q.dtype))
+        for launch in launches:
+            views = [x[where] for x, where in zip(into, (launch.rows, launch.keys, launch.keys))]
+            self.backward_into(launch, _inputs(launch, q, k, v, out, lse, do), views, scale, softcap)
 
     def _each_gradient(
         self, launches: Sequence[Launch], tensors: Sequence[Tensor], lse: Tensor, scale: float, softcap: float | None

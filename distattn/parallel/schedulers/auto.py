@@ -20,6 +20,15 @@ from distattn.parallel.simulate import Prediction, predict, total_seconds
 BALANCE_TOLERANCE = 1.05
 """A layout with less traffic is preferred as long as its busiest rank is within this factor of the best layout's."""
 
+CUT_SHARES = (4, 16, 64, 256)
+"""Documents of at least one part in so many of all rows are cut over the ranks; the first that balances is taken."""
+
+WHOLE_TOLERANCE = 1.01
+"""Busiest rank over the mean up to which more documents stay whole."""
+
+MIN_CUT = 128
+"""Rows of the shortest chunk that a document is cut into."""
+
 UNBALANCED = 1.25
 """Busiest rank over the mean from which schedulers that even out work themselves are worth their planning time."""
 
@@ -167,9 +176,21 @@ def _layouts(mask: Mask, num_ranks: int, contiguous: Layout) -> Iterator[Layout]
     if mask.num_queries == mask.num_keys:
         cuts = mask.segments()
         if len(cuts) > 2:
-            yield Layout.per_document_zigzag(cuts[1:] - cuts[:-1], num_ranks)
+            yield _documents_cut(mask, cuts[1:] - cuts[:-1], num_ranks)
     if mask.num_queries:
         yield Layout.balanced(mask, num_ranks)
+
+
+def _documents_cut(mask: Mask, lengths: np.ndarray, num_ranks: int) -> Layout:
+    """Per-document zigzag of as few documents as balance allows: each that is cut is a kernel launch of its own on every rank,
+    and sends its keys."""
+    mean = mask.area / num_ranks
+    for share in CUT_SHARES:
+        min_cut = mask.num_queries // (2 * num_ranks * share)
+        layout = Layout.per_document_zigzag(lengths, num_ranks, min_cut=max(min_cut, MIN_CUT))
+        if min_cut <= MIN_CUT or area_per_rank(mask, layout).max(initial=0) <= WHOLE_TOLERANCE * mean:
+            return layout
+    return Layout.per_document_zigzag(lengths, num_ranks, min_cut=MIN_CUT)
 
 
 def choose_strategy(

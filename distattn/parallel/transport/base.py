@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Protocol, runtime_checkable
+from typing import Protocol
 
 from torch import Tensor
 
@@ -68,15 +69,14 @@ class Transport(Protocol):
         ...
 
 
-@runtime_checkable
-class StagingTransport(Transport, Protocol):
-    """A transport that says where messages are packed."""
+class StagingTransport(ABC):
+    """What a transport adds that says where messages are packed. A class, not a protocol: it is asked for in every call."""
 
+    @abstractmethod
     def routes(self, key: object, send_splits: Sequence[Sequence[int]]) -> Sequence[object]:
         """What ``staging`` and messages are given for each exchange of a lowered program and shape; collective where ``key`` is
         new. send_splits: of each exchange, the bytes that this rank sends to each."""
-        ...
 
+    @abstractmethod
     def staging(self, route: object) -> Tensor:
         """uint8 [bytes that this rank sends]: the ``send`` of the next message, which work queued from now on may fill."""
-        ...

@@ -22,7 +22,7 @@ import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import timedelta
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from typing import Any
 
 import numpy as np
@@ -31,7 +31,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from distattn.errors import TransportError
-from distattn.parallel.transport.base import Message
+from distattn.parallel.per_group import PerGroup
+from distattn.parallel.transport.base import Message, StagingTransport
 from distattn.parallel.transport.collective import Collective, group_device
 
 SLOTS = 2
@@ -56,9 +57,26 @@ class Route:
         """Where in the slot of ``src`` its bytes for ``dst`` begin."""
         return int(self.sizes[src, :dst].sum())
 
-    @property
+    @cached_property
     def slot_bytes(self) -> int:
         return int(self.sizes.sum(1).max(initial=0))
+
+    @cached_property
+    def targets(self) -> list[list[int]]:
+        """For each rank, those that it sends to."""
+        return [np.flatnonzero(row).tolist() for row in self.sizes]
+
+    @cached_property
+    def sent_bytes(self) -> list[int]:
+        """By each rank."""
+        return self.sizes.sum(1).tolist()
+
+    def arrivals(self, rank: int) -> list[tuple[int, int, int, int]]:
+        """Of each rank that sends this one something: it, where that begins in its slot, and where it begins and ends among all
+        that is received, bytes."""
+        sizes = self.sizes[:, rank]
+        ends = np.cumsum(sizes).tolist()
+        return [(x, self.offset(x, rank), ends[x] - int(sizes[x]), ends[x]) for x in np.flatnonzero(sizes).tolist()]
 
 
 def why_not(group: dist.ProcessGroup) -> str | None:
@@ -76,7 +94,7 @@ def why_not(group: dist.ProcessGroup) -> str | None:
     return None
 
 
-class Symmetric(Collective):
+class Symmetric(Collective, StagingTransport):
     """Ranks of one node as transport. Its staging slots belong to the group, and are shared by all plans on it."""
 
     def __init__(self, group: dist.ProcessGroup, *, timeout_s: float | None = None) -> None:
@@ -148,6 +166,9 @@ class Heap:
         self._slots: Tensor | None = None
         self._handle: Any = None
         self._staged: list[Route | None] = [None] * SLOTS
+        self._remote: weakref.WeakKeyDictionary[Route, dict[int, list[tuple[int, Tensor, int, int]]]] = (
+            weakref.WeakKeyDictionary()
+        )
 
     def tell_everyone(self, value: object, timeout_s: float) -> list[Any]:
         """Every rank's value, by rank, through the group's store."""
@@ -181,6 +202,7 @@ class Heap:
         self.tell_everyone("ready", 60.0)
         self.number = 0
         self._staged = [None] * SLOTS
+        self._remote.clear()
 
     def staging(self, route: Route) -> Tensor:
         """The slot of the next message, free of what was there."""
@@ -188,11 +210,11 @@ class Heap:
         before = self._staged[slot]
         if before is not None:
             stream = torch.cuda.current_stream(self.device)
-            for peer in np.flatnonzero(before.sizes[self.rank]).tolist():
+            for peer in before.targets[self.rank]:
                 _driver().wait_for(stream, self._flag(self.rank, self.num_ranks + peer), self.number - SLOTS + 1)
-        assert self._slots is not None or not route.sizes.any()
+        assert self._slots is not None or not route.slot_bytes
         first = slot * self.capacity
-        size = int(route.sizes[self.rank].sum())
+        size = route.sent_bytes[self.rank]
         if self._slots is None:
             return torch.empty(0, dtype=torch.uint8, device=self.device)
         return self._slots[first : first + size]
@@ -202,26 +224,32 @@ class Heap:
         number, slot = self.number + 1, self.number % SLOTS
         self.number, self._staged[slot] = number, route
         stream = torch.cuda.current_stream(self.device)
-        for peer in np.flatnonzero(route.sizes[self.rank]).tolist():
+        for peer in route.targets[self.rank]:
             _driver().write(stream, self._flag(peer, self.rank), number)
-        sizes = route.sizes[:, self.rank]
-        ends = np.cumsum(sizes)
         allocated = torch.cuda.Event()
         allocated.record(stream)
         events = []
-        for source in np.flatnonzero(sizes).tolist():
+        for source, part, start, stop in self._parts(route, slot):
             own = self.streams[source]
             own.wait_event(allocated)  # the memory may be that of a tensor which is still read
             _driver().wait_for(own, self._flag(self.rank, source), number)
-            size = int(sizes[source])
-            first = slot * self.capacity + route.offset(source, self.rank)
-            part = self._handle.get_buffer(source, (size,), torch.uint8, first)
             with torch.cuda.stream(own):
-                receive[int(ends[source]) - size : int(ends[source])].copy_(part, non_blocking=True)
+                receive[start:stop].copy_(part, non_blocking=True)
             _driver().write(own, self._flag(source, self.num_ranks + self.rank), number)
             events.append(torch.cuda.Event())
             events[-1].record(own)
         return events
+
+    def _parts(self, route: Route, slot: int) -> list[tuple[int, Tensor, int, int]]:
+        """For each rank that sends this one something: it, its part of its slot, and where that goes; found once."""
+        known = self._remote.setdefault(route, {})
+        if slot not in known:
+            first = slot * self.capacity
+            known[slot] = [
+                (source, self._handle.get_buffer(source, (stop - start,), torch.uint8, first + offset), start, stop)
+                for source, offset, start, stop in route.arrivals(self.rank)
+            ]
+        return known[slot]
 
     def release(self) -> None:
         """Let everything on this device go on that waits for a flag."""
@@ -236,7 +264,7 @@ class Heap:
         return self._handle.signal_pad_ptrs[rank] + 4 * (_FIRST_FLAG + word)
 
 
-_heaps: weakref.WeakKeyDictionary[dist.ProcessGroup, Heap] = weakref.WeakKeyDictionary()
+_heaps: PerGroup[Heap] = PerGroup()
 
 
 def heap_of(group: dist.ProcessGroup) -> Heap:
