@@ -123,7 +123,7 @@ def board_of(group: dist.ProcessGroup) -> Board:
 def current_waits() -> list[str]:
     """What this process waits for now, a sentence for each group: for a report of ranks that hang. Safe from any thread."""
     found = []
-    for group, board in list(_boards.items()):
+    for group, board in list(_boards.data.items()):  # one step of the interpreter: another thread may add a group meanwhile
         waiting = board.waiting
         if waiting is not None:
             members = ", ".join(map(str, dist.get_process_group_ranks(group)))
