@@ -84,7 +84,13 @@ def attention(
     return _with_sink(out, lse, sink, return_lse)
 
 
-_SAVED_OPERATORS = ("distattn::attention", "distattn::attention_keep", "distattn::linear_attention", "distattn::halo")
+_SAVED_OPERATORS = (
+    "distattn::attention",
+    "distattn::attention_keep",
+    "distattn::linear_attention",
+    "distattn::halo",
+    "distattn::running_softmax",
+)
 
 
 def checkpoint_policy(ctx: Any, op: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:

@@ -31,8 +31,9 @@ ALLOWED = {
     "linear_planning": {"errors", "kernels", "parallel"},
     "linear": {"errors", "kernels", "parallel", "linear_planning"},
     "short_convolution": {"errors", "parallel", "linear_planning"},
+    "running_softmax": {"errors", "kernels", "parallel", "linear_planning"},
     "pingpong": {"errors", "mask", "parallel", "planning", "attention"},
-    "models": {"errors", "mask", "planning", "attention", "linear", "short_convolution", "pingpong"},
+    "models": {"errors", "mask", "planning", "attention", "linear", "short_convolution", "running_softmax", "pingpong"},
     "testing": {"errors", "launchers"},
 }
 

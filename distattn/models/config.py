@@ -9,6 +9,7 @@ from distattn.errors import ConfigError
 ROPE_SCALINGS = ("none", "linear", "dynamic_ntk", "yarn", "llama3")
 SOFTMAX = "softmax"
 LINEAR_KINDS = ("linear", "lightning", "retention", "simple_gla", "gla", "delta", "gated_delta", "kda")
+AAREN = "aaren"
 GATE_RANK = 16
 """Inner width of the projections that make one gate a key dimension (gla, kda)."""
 
@@ -62,7 +63,7 @@ class LinearConfig:
 
     num_heads: of queries and keys; num_value_heads: a multiple of it; head_dim, value_head_dim: of keys and of values.
     conv_width: taps of the short convolution before the heads, 1 is none. output_gate: none, sigmoid or silu of a projection,
-    times the normalised output.
+    times the normalised output. aaren has as many keys as values, and neither convolution nor output gate.
     """
 
     num_heads: int = 4
@@ -92,6 +93,8 @@ class LinearConfig:
     def matmul_parameters(self, kind: str, dim: int) -> int:
         """Weights of one layer that are multiplied with each token."""
         values = self.num_value_heads * self.value_head_dim
+        if kind == AAREN:
+            return dim * self.num_value_heads * self.head_dim + 2 * dim * values
         count = dim * self.conv_channels + values * dim + (0 if self.output_gate == "none" else dim * values)
         if kind in ("gla", "kda"):
             count += GATE_RANK * (dim + self.num_value_heads * self.head_dim)
@@ -102,14 +105,17 @@ class LinearConfig:
         return count
 
     def other_parameters(self, kind: str) -> int:
-        """Norm, convolution and rates of one layer."""
+        """Norm, convolution, rates and learned queries of one layer."""
+        if kind == AAREN:
+            return self.num_value_heads * self.head_dim
         convolution = self.conv_channels * self.conv_width if self.conv_width > 1 else 0
         rates = 2 * self.num_value_heads if kind in ("gated_delta", "kda") else 0
         return self.value_head_dim + convolution + rates
 
-    def state_flops(self) -> int:
+    def state_flops(self, kind: str) -> int:
         """Forward and backward FLOPs of a token and layer with the state: write and read it, at 2 a multiply-add, thrice."""
-        return 12 * self.num_value_heads * self.head_dim * self.value_head_dim
+        rows = 1 if kind == AAREN else self.head_dim
+        return 12 * self.num_value_heads * rows * self.value_head_dim
 
 
 @dataclass(frozen=True)
@@ -120,8 +126,8 @@ class ModelConfig:
     dim. Linear layers have no biases. sliding_window: keys that a query sees at most, itself included, within its
     document; 0 is the whole document. (The plan's mask decides; this is for whoever makes the plan.) init_std: standard
     deviation of the initial weights; see ``Decoder.init_weights`` for the ones that differ. layers: the kinds of the layers,
-    separated by commas, ``kind*n`` for n in a row, repeated from the start until there are num_layers: softmax or a kind of
-    ``LINEAR_KINDS``. linear: the shape of the latter. attention_gate: softmax attention times the sigmoid of a projection.
+    separated by commas, ``kind*n`` for n in a row, repeated from the start until there are num_layers: softmax, aaren or a
+    kind of ``LINEAR_KINDS``. linear: the shape of the latter two. attention_gate: softmax attention times a sigmoid gate of x.
     init_from: a folder with a Hugging Face model (``distattn.models.hf_weights``) that weights and shape are taken from.
     """
 
@@ -168,10 +174,10 @@ class ModelConfig:
         pattern: list[str] = []
         for item in self.layers.split(","):
             kind, star, times = item.strip().partition("*")
-            if kind not in (SOFTMAX, *LINEAR_KINDS) or (star and not (times.isdecimal() and int(times))):
+            if kind not in (SOFTMAX, *LINEAR_KINDS, AAREN) or (star and not (times.isdecimal() and int(times))):
                 raise ConfigError(
                     f"model.layers is {self.layers!r}, but it must be kinds, or kind*n, separated by commas, such as "
-                    f"gated_delta*3,softmax; the kinds are {', '.join((SOFTMAX, *LINEAR_KINDS))}."
+                    f"gated_delta*3,softmax; the kinds are {', '.join((SOFTMAX, *LINEAR_KINDS, AAREN))}."
                 )
             pattern += [kind] * int(times or 1)
         return [pattern[i % len(pattern)] for i in range(self.num_layers)]
@@ -202,10 +208,11 @@ class ModelConfig:
         """Mean training FLOPs (forward and backward) of a token in a stream of num_tokens under a mask of that area.
 
         6 · N + attention_flops(mask_area) / num_tokens, with N the weights that are multiplied: the output projection
-        counts (tied or not), the embedding look-up and the norms do not. A linear layer adds 12 · value heads · K · V.
+        counts (tied or not), the embedding look-up and the norms do not. A linear layer adds 12 · value heads · K · V, aaren
+        12 · heads · V.
         """
         matmul_parameters = self._block_matmul_parameters() + self.vocab_size * self.dim
-        states = (self.num_layers - self.num_softmax_layers) * self.linear.state_flops()
+        states = sum(self.linear.state_flops(kind) for kind in self.layer_kinds if kind != SOFTMAX)
         return 6.0 * matmul_parameters + states + self.attention_flops(mask_area) / max(num_tokens, 1)
 
     def _block_matmul_parameters(self) -> int:

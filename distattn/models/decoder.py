@@ -22,7 +22,8 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 
 from distattn.attention import attention
 from distattn.errors import InputError
-from distattn.models.config import SOFTMAX, ModelConfig
+from distattn.models.aaren import Aaren
+from distattn.models.config import AAREN, SOFTMAX, ModelConfig
 from distattn.models.layers import RMSNorm, StreamInfo, bare_linear
 from distattn.models.linear_mixer import LinearMixer
 from distattn.models.loss import chunked_cross_entropy, per_token_loss
@@ -86,7 +87,7 @@ class Block(nn.Module):
     def __init__(self, config: ModelConfig, index: int, kind: str) -> None:
         super().__init__()
         self.attention_norm = RMSNorm(config.dim, config.norm_eps)
-        self.attention = Attention(config) if kind == SOFTMAX else LinearMixer(config, index, kind)
+        self.attention = _mixer(config, index, kind)
         self.feed_forward_norm = RMSNorm(config.dim, config.norm_eps)
         self.feed_forward = FeedForward(config)
         self.run: BlockRunner = _run_plainly
@@ -100,6 +101,12 @@ class Block(nn.Module):
     def feed_onward(self, x: Tensor) -> Tensor:
         """What follows attention."""
         return x + self.feed_forward(self.feed_forward_norm(x))
+
+
+def _mixer(config: ModelConfig, index: int, kind: str) -> Attention | Aaren | LinearMixer:
+    if kind == SOFTMAX:
+        return Attention(config)
+    return Aaren(config) if kind == AAREN else LinearMixer(config, index, kind)
 
 
 class _BeforeAttention(nn.Module):

@@ -31,6 +31,7 @@ PATTERNS = {
     "no convolution": replace(
         TINY, layers="lightning*3,softmax", linear=replace(TINY.linear, conv_width=1, output_gate="sigmoid")
     ),
+    "aaren": replace(TINY, layers="aaren,softmax"),
     "window": replace(TINY, layers="softmax,gated_delta", sliding_window=4),
 }
 
