@@ -90,6 +90,8 @@ _SAVED_OPERATORS = (
     "distattn::linear_attention",
     "distattn::halo",
     "distattn::running_softmax",
+    "distattn::memory_states",
+    "distattn::agent_attention",
 )
 
 

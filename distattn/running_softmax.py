@@ -24,7 +24,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from distattn.errors import InputError, PlanError
+from distattn.errors import InputError
 from distattn.kernels.linear.reference import state_dtype
 from distattn.kernels.linear.running_softmax import Level, cut_levels, finite, gather, merge, scan
 from distattn.linear_planning import place_rows, transport_of
@@ -37,11 +37,10 @@ from distattn.parallel.exchanges import (
     Map,
     StateShape,
     Stream,
-    choose_exchange,
     cut_stream,
-    default_options,
     find_exchange,
     lower_exchange,
+    pick_exchange,
 )
 from distattn.parallel.hardware import Hardware, find_hardware
 from distattn.parallel.layout import Layout
@@ -251,15 +250,7 @@ def _pick(w: _Wanted, stream: Stream) -> tuple[str, Any, str]:
     """(exchange, its options, why)."""
     rates, links = LinkRates.of(w.hardware), stream.chains.longest
     state = float(w.shape[0] * w.shape[2] * (w.shape[3] + 2) * w.dtype.itemsize)
-    if w.exchange == "auto":
-        if w.options is not None:
-            raise PlanError('options belong to one exchange: name it instead of exchange="auto"')
-        name, why = choose_exchange(rates, links, state, 0.0)
-        return name, default_options(name, rates, links, state), why
-    exchange = find_exchange(w.exchange)
-    if w.options is not None and not isinstance(w.options, exchange.options):
-        raise PlanError(f"options of {w.exchange} must be {exchange.options.__name__}, got {type(w.options).__name__}")
-    return w.exchange, w.options or default_options(w.exchange, rates, links, state), "given by the caller"
+    return pick_exchange(w.exchange, w.options, rates, links, state, 0.0)
 
 
 # The operator. Its last output is the LSE that entered late pieces, for the backward: [B, late pieces, H].

@@ -32,8 +32,22 @@ ALLOWED = {
     "linear": {"errors", "kernels", "parallel", "linear_planning"},
     "short_convolution": {"errors", "parallel", "linear_planning"},
     "running_softmax": {"errors", "kernels", "parallel", "linear_planning"},
+    "agent_attention": {"errors", "kernels", "parallel", "linear_planning"},
+    "momentum_memory_planning": {"errors", "parallel", "linear_planning"},
+    "momentum_memory": {"errors", "kernels", "parallel", "momentum_memory_planning"},
     "pingpong": {"errors", "mask", "parallel", "planning", "attention"},
-    "models": {"errors", "mask", "planning", "attention", "linear", "short_convolution", "running_softmax", "pingpong"},
+    "models": {
+        "errors",
+        "mask",
+        "planning",
+        "attention",
+        "linear",
+        "short_convolution",
+        "running_softmax",
+        "momentum_memory",
+        "agent_attention",
+        "pingpong",
+    },
     "testing": {"errors", "launchers"},
 }
 

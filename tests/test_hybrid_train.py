@@ -14,8 +14,8 @@ CONFIG = """
 train: {{steps: 3, global_batch: 1, device: cpu, activation_checkpointing: {checkpointing}}}
 data: {{source: {folder}/text, cache_dir: {folder}/cache, seq_len: 96, eval_sequences: 1, held_out_fraction: 0.2}}
 model:
-  {{dim: 16, num_layers: 5, num_heads: 2, num_kv_heads: 1, head_dim: 8, ffn_dim: 24, attention_gate: true,
-   layers: "lightning,gated_delta,kda,aaren,softmax", init_std: 0.2,
+  {{dim: 16, num_layers: 8, num_heads: 2, num_kv_heads: 1, head_dim: 8, ffn_dim: 24, attention_gate: true,
+   layers: "lightning,gated_delta,kda,aaren,softmax,titans_mac,titans_mag,titans_mal", init_std: 0.2,
    linear: {{num_heads: 1, num_value_heads: 2, head_dim: 8, value_head_dim: 4}}}}
 optim: {{lr: 1e-2}}
 parallel: {{context: {context}, strategy: ring}}

@@ -21,7 +21,7 @@ from distattn.bench.recall_tasks import TASKS, Examples, Task, scaled
 from distattn.config import OptimConfig
 from distattn.errors import ConfigError
 from distattn.mask import Mask
-from distattn.models.config import LINEAR_KINDS, SOFTMAX, LinearConfig, ModelConfig, RopeConfig
+from distattn.models.config import LINEAR_KINDS, SOFTMAX, TITANS, LinearConfig, MemoryConfig, ModelConfig, RopeConfig
 from distattn.models.decoder import Decoder
 from distattn.planning import Plan, plan
 from distattn.short_convolution import short_convolution
@@ -37,8 +37,9 @@ KINDS: dict[str, tuple[str, int]] = {
     "gated_delta+softmax": ("gated_delta,softmax", 0),
     "lightning+softmax": ("lightning,softmax", 0),
     "sliding_window+gated_delta": ("softmax,gated_delta", WINDOW),
+    **{kind: (kind, WINDOW) for kind in TITANS},
 }
-"""What is compared: ``model.layers`` and the window of its softmax layers, 0 for none."""
+"""What is compared: ``model.layers`` and the window of its softmax attention, 0 for none. Segments are as long as windows."""
 
 _SHIFT_WIDTH = 3
 """Taps of the short convolution over embeddings."""
@@ -115,6 +116,7 @@ def model_config(kind: str, task: Task, recipe: Recipe) -> ModelConfig:
         linear=LinearConfig(
             num_heads=1, num_value_heads=1, head_dim=recipe.head_dim, value_head_dim=recipe.head_dim, conv_width=1
         ),
+        memory=MemoryConfig(chunk=WINDOW),
     )
 
 

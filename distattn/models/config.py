@@ -10,6 +10,8 @@ ROPE_SCALINGS = ("none", "linear", "dynamic_ntk", "yarn", "llama3")
 SOFTMAX = "softmax"
 LINEAR_KINDS = ("linear", "lightning", "retention", "simple_gla", "gla", "delta", "gated_delta", "kda")
 AAREN = "aaren"
+TITANS_MAC, TITANS_MAG, TITANS_MAL = TITANS = ("titans_mac", "titans_mag", "titans_mal")
+LAYER_KINDS = (SOFTMAX, *LINEAR_KINDS, AAREN, *TITANS)
 GATE_RANK = 16
 """Inner width of the projections that make one gate a key dimension (gla, kda)."""
 
@@ -63,7 +65,8 @@ class LinearConfig:
 
     num_heads: of queries and keys; num_value_heads: a multiple of it; head_dim, value_head_dim: of keys and of values.
     conv_width: taps of the short convolution before the heads, 1 is none. output_gate: none, sigmoid or silu of a projection,
-    times the normalised output. aaren has as many keys as values, and neither convolution nor output gate.
+    times the normalised output. aaren and the memory of titans layers have as many keys as values, and no output gate; aaren
+    has no convolution either.
     """
 
     num_heads: int = 4
@@ -89,6 +92,11 @@ class LinearConfig:
     def conv_channels(self) -> int:
         """Channels of queries, keys and values together."""
         return 2 * self.num_heads * self.head_dim + self.num_value_heads * self.value_head_dim
+
+    @property
+    def memory_channels(self) -> int:
+        """Channels of a memory's queries, keys and values together."""
+        return self.num_value_heads * (2 * self.head_dim + self.value_head_dim)
 
     def matmul_parameters(self, kind: str, dim: int) -> int:
         """Weights of one layer that are multiplied with each token."""
@@ -119,6 +127,53 @@ class LinearConfig:
 
 
 @dataclass(frozen=True)
+class MemoryConfig:
+    """The memory of titans layers, beside its heads, which are those of ``LinearConfig``.
+
+    chunk: rows that learn from one memory, and a segment of titans_mac. persistent: learned tokens that every row attends to.
+    depth: layers of the memory; 1, a matrix, is what there is.
+    """
+
+    chunk: int = 16
+    persistent: int = 4
+    depth: int = 1
+
+    def validate(self) -> None:
+        """Raise ConfigError for the first value that cannot be used."""
+        _require(self.chunk >= 1, "model.memory.chunk", self.chunk, "at least 1 row")
+        _require(self.persistent >= 0, "model.memory.persistent", self.persistent, "at least 0 tokens")
+        if self.depth != 1:
+            raise ConfigError(
+                f"model.memory.depth is {self.depth}, but it must be 1: a memory of several layers is no linear map of its "
+                "state, so that ranks could not pass it on before they have all of what came earlier, and would take turns."
+            )
+
+    def matmul_parameters(self, kind: str, model: ModelConfig) -> int:
+        """Weights of one titans layer, its attention left out, that are multiplied with each token."""
+        shape, width = model.linear, model.num_heads * model.head_dim
+        values = shape.num_value_heads * shape.value_head_dim
+        count = model.dim * (shape.memory_channels + 3 * shape.num_value_heads)
+        if kind == TITANS_MAC:
+            return count + values * (model.dim + width) + width * shape.num_value_heads * shape.head_dim
+        return count + values * (width if kind == TITANS_MAG else model.dim)
+
+    def other_parameters(self, kind: str, model: ModelConfig) -> int:
+        """Persistent tokens, convolution and norms of one layer."""
+        shape = model.linear
+        convolution = shape.memory_channels * shape.conv_width if shape.conv_width > 1 else 0
+        norms = model.dim if kind == TITANS_MAL else 2 * model.num_heads * model.head_dim
+        return self.persistent * model.dim + convolution + shape.value_head_dim + norms
+
+    def state_flops(self, kind: str, model: ModelConfig) -> int:
+        """Forward and backward FLOPs of a token and layer that no matrix of weights has: the error, the write and the reads of
+        the memory, persistent tokens, and titans_mac's two attentions inside the segment."""
+        reads = 2 if kind == TITANS_MAC else 1
+        memory = 6 * (2 + reads) * model.linear.num_value_heads * model.linear.head_dim * model.linear.value_head_dim
+        attended = self.persistent + (self.chunk + 1 if kind == TITANS_MAC else 0)
+        return memory + 12 * model.num_heads * model.head_dim * attended
+
+
+@dataclass(frozen=True)
 class ModelConfig:
     """A pre-norm decoder: RMSNorm, RoPE, grouped-query attention, SwiGLU. The default widths are the quickstart's.
 
@@ -126,8 +181,9 @@ class ModelConfig:
     dim. Linear layers have no biases. sliding_window: keys that a query sees at most, itself included, within its
     document; 0 is the whole document. (The plan's mask decides; this is for whoever makes the plan.) init_std: standard
     deviation of the initial weights; see ``Decoder.init_weights`` for the ones that differ. layers: the kinds of the layers,
-    separated by commas, ``kind*n`` for n in a row, repeated from the start until there are num_layers: softmax, aaren or a
-    kind of ``LINEAR_KINDS``. linear: the shape of the latter two. attention_gate: softmax attention times a sigmoid gate of x.
+    separated by commas, ``kind*n`` for n in a row, repeated from the start until there are num_layers, of ``LAYER_KINDS``.
+    linear: the shape of all but softmax, memory: more of titans layers, which have softmax attention too. attention_gate:
+    softmax attention times a sigmoid gate of x.
     init_from: a folder with a Hugging Face model (``distattn.models.hf_weights``) that weights and shape are taken from.
     """
 
@@ -145,6 +201,7 @@ class ModelConfig:
     layers: str = SOFTMAX
     attention_gate: bool = False
     linear: LinearConfig = field(default_factory=LinearConfig)
+    memory: MemoryConfig = field(default_factory=MemoryConfig)
     init_std: float = 0.02
     init_from: str = ""
     rope: RopeConfig = field(default_factory=RopeConfig)
@@ -166,6 +223,7 @@ class ModelConfig:
         _require(self.init_std > 0, "model.init_std", self.init_std, "greater than 0")
         self.rope.validate(self.head_dim)
         self.linear.validate()
+        self.memory.validate()
         _require(len(self.layer_kinds) == self.num_layers, "model.layers", repr(self.layers), "a pattern of layer kinds")
 
     @property
@@ -174,10 +232,16 @@ class ModelConfig:
         pattern: list[str] = []
         for item in self.layers.split(","):
             kind, star, times = item.strip().partition("*")
-            if kind not in (SOFTMAX, *LINEAR_KINDS, AAREN) or (star and not (times.isdecimal() and int(times))):
+            if kind == "agent":
+                raise ConfigError(
+                    f"model.layers is {self.layers!r}, but agent attention is not causal: its agents see all tokens of a "
+                    "document, later ones too, and a decoder predicts those. distattn.models.agent.AgentAttention is a layer "
+                    "for models that see whole documents."
+                )
+            if kind not in LAYER_KINDS or (star and not (times.isdecimal() and int(times))):
                 raise ConfigError(
                     f"model.layers is {self.layers!r}, but it must be kinds, or kind*n, separated by commas, such as "
-                    f"gated_delta*3,softmax; the kinds are {', '.join((SOFTMAX, *LINEAR_KINDS, AAREN))}."
+                    f"gated_delta*3,softmax; the kinds are {', '.join(LAYER_KINDS)}."
                 )
             pattern += [kind] * int(times or 1)
         return [pattern[i % len(pattern)] for i in range(self.num_layers)]
@@ -186,12 +250,21 @@ class ModelConfig:
     def num_softmax_layers(self) -> int:
         return self.layer_kinds.count(SOFTMAX)
 
+    @property
+    def _num_attending_layers(self) -> int:
+        """Those with softmax attention, alone or beside a memory."""
+        return sum(kind == SOFTMAX or kind in TITANS for kind in self.layer_kinds)
+
     def num_parameters(self) -> int:
         """Trainable parameters; tied embeddings are counted once."""
         embedding = self.vocab_size * self.dim
         norms = self.num_layers * 2 * self.dim + self.dim
-        norms += self.num_softmax_layers * (2 * self.head_dim if self.qk_norm else 0)
-        others = sum(self.linear.other_parameters(kind) for kind in self.layer_kinds if kind != SOFTMAX)
+        norms += self._num_attending_layers * (2 * self.head_dim if self.qk_norm else 0)
+        others = sum(
+            self.memory.other_parameters(kind, self) if kind in TITANS else self.linear.other_parameters(kind)
+            for kind in self.layer_kinds
+            if kind != SOFTMAX
+        )
         return self._block_matmul_parameters() + norms + others + embedding * (1 if self.tie_embeddings else 2)
 
     def attention_flops(self, mask_area: int) -> int:
@@ -200,25 +273,35 @@ class ModelConfig:
         4 · area · heads · head_dim forward (q kᵀ and p v at 2 FLOPs a multiply-add), twice that backward: 12 in all.
         That is the model-FLOPs convention of MFU (PaLM, appendix B): the product q kᵀ that flash kernels repeat in the
         backward (then 2.5 times the forward) is not counted, nor is activation checkpointing. The area is exact, so
-        causal masks and packed documents get no credit for pairs that they skip.
+        causal masks and packed documents get no credit for pairs that they skip. titans_mac attends by its own mask, in
+        segments, which ``flops_per_token`` counts.
         """
-        return 12 * mask_area * self.num_heads * self.head_dim * self.num_softmax_layers
+        layers = self._num_attending_layers - self.layer_kinds.count(TITANS_MAC)
+        return 12 * mask_area * self.num_heads * self.head_dim * layers
 
     def flops_per_token(self, mask_area: int, num_tokens: int) -> float:
         """Mean training FLOPs (forward and backward) of a token in a stream of num_tokens under a mask of that area.
 
         6 · N + attention_flops(mask_area) / num_tokens, with N the weights that are multiplied: the output projection
         counts (tied or not), the embedding look-up and the norms do not. A linear layer adds 12 · value heads · K · V, aaren
-        12 · heads · V.
+        12 · heads · V, a titans layer what ``MemoryConfig.state_flops`` says.
         """
         matmul_parameters = self._block_matmul_parameters() + self.vocab_size * self.dim
-        states = sum(self.linear.state_flops(kind) for kind in self.layer_kinds if kind != SOFTMAX)
+        states = sum(
+            self.memory.state_flops(kind, self) if kind in TITANS else self.linear.state_flops(kind)
+            for kind in self.layer_kinds
+            if kind != SOFTMAX
+        )
         return 6.0 * matmul_parameters + states + self.attention_flops(mask_area) / max(num_tokens, 1)
 
     def _block_matmul_parameters(self) -> int:
         projections = 2 * (self.num_heads + self.num_kv_heads) + (self.num_heads if self.attention_gate else 0)
-        softmax = self.num_softmax_layers * self.dim * self.head_dim * projections
-        linear = sum(self.linear.matmul_parameters(kind, self.dim) for kind in self.layer_kinds if kind != SOFTMAX)
+        softmax = self._num_attending_layers * self.dim * self.head_dim * projections
+        linear = sum(
+            self.memory.matmul_parameters(kind, self) if kind in TITANS else self.linear.matmul_parameters(kind, self.dim)
+            for kind in self.layer_kinds
+            if kind != SOFTMAX
+        )
         return softmax + linear + self.num_layers * 3 * self.dim * self.ffn_dim
 
 

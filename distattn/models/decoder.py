@@ -20,52 +20,20 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-from distattn.attention import attention
 from distattn.errors import InputError
 from distattn.models.aaren import Aaren
-from distattn.models.config import AAREN, SOFTMAX, ModelConfig
+from distattn.models.attention import Attention
+from distattn.models.config import AAREN, SOFTMAX, TITANS, TITANS_MAC, ModelConfig
 from distattn.models.layers import RMSNorm, StreamInfo, bare_linear
 from distattn.models.linear_mixer import LinearMixer
 from distattn.models.loss import chunked_cross_entropy, per_token_loss
-from distattn.models.rope import apply_rotation, make_rotation
+from distattn.models.rope import make_rotation
+from distattn.models.titans import Titans, plan_segments
 from distattn.pingpong import NanoBatches, PingPong
 from distattn.planning import Plan
 
 BlockRunner = Callable[..., Tensor]
 """``run(function, *args) -> function(*args)``, perhaps under activation checkpointing."""
-
-
-class Attention(nn.Module):
-    """Grouped-query attention over the sharded stream: query head h uses KV head h // (num_heads // num_kv_heads)."""
-
-    def __init__(self, config: ModelConfig) -> None:
-        super().__init__()
-        self.head_dim = config.head_dim
-        self.q = bare_linear(config.dim, config.num_heads * config.head_dim)
-        self.k = bare_linear(config.dim, config.num_kv_heads * config.head_dim)
-        self.v = bare_linear(config.dim, config.num_kv_heads * config.head_dim)
-        self.o = bare_linear(config.num_heads * config.head_dim, config.dim)
-        self.q_norm = RMSNorm(config.head_dim, config.norm_eps) if config.qk_norm else nn.Identity()
-        self.k_norm = RMSNorm(config.head_dim, config.norm_eps) if config.qk_norm else nn.Identity()
-        self.gate = bare_linear(config.dim, config.num_heads * config.head_dim) if config.attention_gate else None
-
-    def forward(self, x: Tensor, stream: StreamInfo) -> Tensor:
-        q, k, v, *gate = self.project(x, stream)
-        out = attention(q, k, v, stream.plan)
-        assert isinstance(out, Tensor)
-        return self.combine(out, *gate)
-
-    def project(self, x: Tensor, stream: StreamInfo) -> tuple[Tensor, ...]:
-        """(q, k, v), and the gate's values where there is one."""
-        heads = (-1, self.head_dim)
-        q = apply_rotation(self.q_norm(self.q(x).unflatten(2, heads)), stream.rotation)
-        k = apply_rotation(self.k_norm(self.k(x).unflatten(2, heads)), stream.rotation)
-        return q, k, self.v(x).unflatten(2, heads), *(() if self.gate is None else (self.gate(x),))
-
-    def combine(self, out: Tensor, *gate: Tensor) -> Tensor:
-        """From attention's output [B, T_local, num_heads, head_dim] to the layer's [B, T_local, dim]."""
-        out = out.flatten(2)
-        return self.o(out * gate[0].sigmoid() if gate else out)
 
 
 class FeedForward(nn.Module):
@@ -103,9 +71,11 @@ class Block(nn.Module):
         return x + self.feed_forward(self.feed_forward_norm(x))
 
 
-def _mixer(config: ModelConfig, index: int, kind: str) -> Attention | Aaren | LinearMixer:
+def _mixer(config: ModelConfig, index: int, kind: str) -> Attention | Titans | Aaren | LinearMixer:
     if kind == SOFTMAX:
         return Attention(config)
+    if kind in TITANS:
+        return Titans(config, kind)
     return Aaren(config) if kind == AAREN else LinearMixer(config, index, kind)
 
 
@@ -191,7 +161,10 @@ class Decoder(nn.Module):
 
     def _stream(self, plan: Plan, positions: Tensor, dtype: torch.dtype) -> StreamInfo:
         rotation = make_rotation(self.config.rope, self.config.head_dim, positions, dtype)
-        return StreamInfo(plan, rotation, self._documents(plan))
+        documents, segments = self._documents(plan), None
+        if documents is not None and TITANS_MAC in self.config.layer_kinds:
+            segments = plan_segments(plan, documents, self.config.memory.chunk)
+        return StreamInfo(plan, rotation, documents, segments)
 
     def _documents(self, plan: Plan) -> np.ndarray | None:
         """Where documents begin, for linear layers; from the mask, which keeps them apart."""
@@ -286,9 +259,11 @@ class Decoder(nn.Module):
             return 0.0
         if name == "embedding.weight" and self.output is not None:
             return 1.0
+        if name.endswith("persistent"):
+            return 1.0  # as large as what the layer normalises before it
         if name.endswith("convolution.weight"):
             return self.config.linear.conv_width**-0.5
-        if name.endswith(("attention.o.weight", "feed_forward.down.weight")):
+        if name.endswith(("attention.o.weight", "near.o.weight", "recalled.weight", "feed_forward.down.weight")):
             return self.config.init_std / math.sqrt(2 * self.config.num_layers)
         return self.config.init_std
 

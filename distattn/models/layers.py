@@ -14,16 +14,18 @@ from distattn.planning import Plan
 class StreamInfo:
     """What each block needs to know of the token stream besides the hidden states.
 
-    documents: cu_seqlens of the whole stream, int64 [D+1], where there are linear layers. A plain class: FSDP2 rebuilds the
-    dataclasses that a block is called with, tensor by tensor, and a plan is not to be rebuilt.
+    documents: cu_seqlens of the whole stream, int64 [D+1], where there are linear layers. segments: attention inside the
+    segments of titans_mac layers, where there are some. A plain class: FSDP2 rebuilds the dataclasses that a block is called
+    with, tensor by tensor, and a plan is not to be rebuilt.
     """
 
-    __slots__ = ("documents", "plan", "rotation")
+    __slots__ = ("documents", "plan", "rotation", "segments")
 
-    def __init__(self, plan: Plan, rotation: Rotation, documents: np.ndarray | None) -> None:
+    def __init__(self, plan: Plan, rotation: Rotation, documents: np.ndarray | None, segments: Plan | None = None) -> None:
         self.plan = plan
         self.rotation = rotation
         self.documents = documents
+        self.segments = segments
 
 
 class RMSNorm(nn.Module):

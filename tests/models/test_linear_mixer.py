@@ -13,7 +13,7 @@ import torch.distributed as dist
 from distattn.errors import ConfigError
 from distattn.mask import Mask
 from distattn.models import Decoder, LinearConfig, ModelConfig
-from distattn.models.config import LINEAR_KINDS
+from distattn.models.config import LINEAR_KINDS, MemoryConfig
 from distattn.parallel.layout import Layout
 from distattn.planning import Plan, plan
 from distattn.testing import run_ranks
@@ -32,6 +32,16 @@ PATTERNS = {
         TINY, layers="lightning*3,softmax", linear=replace(TINY.linear, conv_width=1, output_gate="sigmoid")
     ),
     "aaren": replace(TINY, layers="aaren,softmax"),
+    "titans": replace(TINY, layers="titans_mac,titans_mag,titans_mal", memory=MemoryConfig(chunk=5, persistent=3)),
+    "titans without": replace(
+        TINY,
+        layers="titans_mac,titans_mag,titans_mal",
+        sliding_window=4,
+        attention_gate=False,
+        qk_norm=False,
+        memory=MemoryConfig(chunk=4, persistent=0),
+        linear=replace(TINY.linear, conv_width=1),
+    ),
     "window": replace(TINY, layers="softmax,gated_delta", sliding_window=4),
 }
 

@@ -36,6 +36,7 @@ __all__ = [
     "default_options",
     "find_exchange",
     "lower_exchange",
+    "pick_exchange",
     "verify_table",
 ]
 
@@ -80,3 +81,18 @@ def choose_exchange(rates: LinkRates, links: int, state_bytes: float, transition
     best = min(seconds, key=lambda name: round(seconds[name], 12))
     times = ", ".join(f"{name} {1e6 * t:.3g}" for name, t in seconds.items())
     return best, f"least predicted time over {links} links, in µs: {times}"
+
+
+def pick_exchange(
+    wanted: str, options: Any, rates: LinkRates, links: int, state_bytes: float, transition_bytes: float
+) -> tuple[str, Any, str]:
+    """(exchange, its options, why) for a caller's choice, which may be "auto". Raises PlanError."""
+    if wanted == "auto":
+        if options is not None:
+            raise PlanError('options belong to one exchange: name it instead of exchange="auto"')
+        name, why = choose_exchange(rates, links, state_bytes, transition_bytes)
+        return name, default_options(name, rates, links, state_bytes), why
+    exchange = find_exchange(wanted)
+    if options is not None and not isinstance(options, exchange.options):
+        raise PlanError(f"options of {wanted} must be {exchange.options.__name__}, got {type(options).__name__}")
+    return wanted, options or default_options(wanted, rates, links, state_bytes), "given by the caller"

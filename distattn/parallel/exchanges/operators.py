@@ -168,15 +168,18 @@ class Dense(Affine):
 
 
 class Block(Affine):
-    """A: a 2 × 2 block of K × K matrices over two states that are stacked, [B, H, 2, K, V]; shape.rows is K."""
+    """A: a block of K × K matrices over states that are stacked, 2 × 2 by default: [B, H, 2, K, V]; shape.rows is K."""
 
     name = "block"
 
+    def __init__(self, parts: int = 2) -> None:
+        self.parts = parts
+
     def state_size(self, shape: StateShape, h: int, v: int) -> tuple[int, ...]:
-        return shape.batch, h, 2, shape.rows, v
+        return shape.batch, h, self.parts, shape.rows, v
 
     def transition_size(self, shape: StateShape, h: int) -> tuple[int, ...]:
-        return shape.batch, h, 2, 2, shape.rows, shape.rows
+        return shape.batch, h, self.parts, self.parts, shape.rows, shape.rows
 
     def follow(self, transition: Tensor | None, x: Tensor) -> Tensor:
         assert transition is not None

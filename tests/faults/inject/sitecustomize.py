@@ -9,12 +9,12 @@ import time
 
 
 def _install() -> None:
-    from distattn.models import decoder
+    from distattn.models import attention as softmax_layer
     from distattn.training.trainer import Trainer
 
     pace = float(os.environ.get("DISTATTN_TEST_PACE", "0"))
     rank, stall_step, marker = (os.environ.get("DISTATTN_TEST_STALL", "") + "::").split(":")[:3]
-    real_step, real_attention = Trainer._train_step, decoder.attention
+    real_step, real_attention = Trainer._train_step, softmax_layer.attention
     reached = []
 
     def train_step(self, step):
@@ -29,7 +29,7 @@ def _install() -> None:
             stall_for_good()
         return real_attention(*arguments, **options)
 
-    Trainer._train_step, decoder.attention = train_step, attention
+    Trainer._train_step, softmax_layer.attention = train_step, attention
 
 
 def stall_for_good() -> None:
