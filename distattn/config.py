@@ -75,11 +75,11 @@ class TrainConfig:
     """How long and on what; ``global_batch`` counts sequences a step over all data ranks.
 
     nano_batches: 2 cuts every sequence in two halves that take turns, so that transfers of attention hide behind the other
-    half (``distattn.pingpong``). activation_checkpointing: ``selective`` recomputes everything but attention, ``full`` also
-    repeats attention and its communication. activation_offload: what a checkpointed block keeps as its input lies in host
-    memory until its backward. loss_chunk_tokens: tokens whose logits exist at one time. timeout_seconds: a
-    collective that waits longer ends the run with an error. hang_seconds: without progress for so long, every rank reports
-    where it is and ends; 0: never.
+    half (``distattn.pingpong``); 0 does so where it is predicted to be faster. activation_checkpointing: ``selective``
+    recomputes everything but attention, ``full`` also repeats attention and its communication. activation_offload: what a
+    checkpointed block keeps as its input lies in host memory until its backward. loss_chunk_tokens: tokens whose logits exist
+    at one time. timeout_seconds: a collective that waits longer ends the run with an error. hang_seconds: without progress for
+    so long, every rank reports where it is and ends; 0: never.
     engine: who shards and updates the model, FSDP2 or DeepSpeed's ZeRO of stage ``zero_stage``.
     """
 
@@ -427,7 +427,7 @@ _AT_LEAST: dict[str, float] = {
     "train.steps": 1,
     "train.seed": 0,
     "train.global_batch": 1,
-    "train.nano_batches": 1,
+    "train.nano_batches": 0,
     "train.loss_chunk_tokens": 1,
     "train.timeout_seconds": 0,
     "train.hang_seconds": 0,

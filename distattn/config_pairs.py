@@ -45,28 +45,27 @@ def check_offload(train: TrainConfig) -> None:
 
 
 def check_nano_batches(config: Config) -> None:
-    """``train.nano_batches=2`` takes softmax layers, FSDP2, and no checkpointing that repeats attention."""
+    """``train.nano_batches`` of 2 or 0 takes softmax layers, FSDP2, and no checkpointing that repeats attention."""
     train = config.train
     if train.nano_batches == 1:
         return
-    if train.nano_batches != 2:
-        raise ConfigError(f"train.nano_batches={train.nano_batches} is not allowed: 1, or 2 halves that take turns.")
+    given = f"train.nano_batches={train.nano_batches}"
+    if train.nano_batches not in (0, 2):
+        raise ConfigError(f"{given} is not allowed: 1, 2 halves that take turns, or 0 for what is predicted to be faster.")
     if train.engine != "fsdp":
         raise ConfigError(
-            f"train.engine={train.engine} is not possible with train.nano_batches=2: its weights are gathered block by "
+            f"train.engine={train.engine} is not possible with {given}: its weights are gathered block by "
             "block, and the halves go from the middle of one block to the middle of the next; set train.engine=fsdp."
         )
     if train.activation_checkpointing == "full":
         raise ConfigError(
-            "train.activation_checkpointing=full is not possible with train.nano_batches=2: it would repeat attention in the "
+            f"train.activation_checkpointing=full is not possible with {given}: it would repeat attention in the "
             "middle of another half's; take selective, which recomputes everything else."
         )
     if config.model.num_softmax_layers < config.model.num_layers:
         raise ConfigError(
-            f"model.layers={config.model.layers} is not possible with train.nano_batches=2: linear layers carry a state from "
+            f"model.layers={config.model.layers} is not possible with {given}: linear layers carry a state from "
             "one half of a sequence to the other; set train.nano_batches=1."
         )
     if config.data.seq_len < 2:
-        raise ConfigError(
-            f"data.seq_len={config.data.seq_len} is not possible with train.nano_batches=2: two halves need 2 tokens or more."
-        )
+        raise ConfigError(f"data.seq_len={config.data.seq_len} is not possible with {given}: two halves need 2 tokens or more.")

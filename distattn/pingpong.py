@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from distattn.attention import AttentionHandle, attention_begin, attention_compute, attention_finish
 from distattn.errors import InputError, PlanError
 from distattn.mask import Mask
+from distattn.parallel.disaggregation.halves import Arrangement, arrange, check_cut, first_mask, own_mask, second_half
 from distattn.parallel.layout import Layout
 from distattn.parallel.schedulers.auto import choose_layout
 from distattn.planning import Plan, plan
@@ -34,13 +35,17 @@ PhaseRunner = Callable[..., Any]
 class NanoBatches:
     """One nano-batch or two, with the plans of their attention.
 
-    starts: row of the stream at which each plan's rows begin. carried: int64 [n], local rows of the first nano-batch whose
-    keys the second's queries see; in the second's plan they come before its own rows, on every rank.
+    starts: row of the stream, as arranged, at which each plan's rows begin. carried: int64 [n], local rows of the first
+    nano-batch whose keys the second's queries see; in the second's plan they come before its own rows, on every rank. order:
+    int64, row of the stream of each row as arranged; None where nothing was rearranged. reason: why there are one or two,
+    where that was chosen.
     """
 
     plans: tuple[Plan, ...]
     starts: tuple[int, ...]
     carried: Tensor
+    order: Tensor | None = None
+    reason: str = ""
 
     @classmethod
     def of(cls, *plans: Plan) -> NanoBatches:
@@ -53,11 +58,13 @@ class NanoBatches:
     def positions(self) -> tuple[Tensor, ...]:
         """Row of the stream of each local row of each nano-batch: int64 [S_local], for RoPE, labels and losses."""
         skipped = (0, len(self.carried))
-        return tuple(x.positions[n:] + start for x, n, start in zip(self.plans, skipped, self.starts))
+        rows = (x.positions[n:] + start for x, n, start in zip(self.plans, skipped, self.starts))
+        return tuple(rows if self.order is None else (self.order[part] for part in rows))
 
     def describe(self) -> str:
-        """Both plans, in lines."""
-        return "\n".join(f"nano-batch {i}\n{x.describe()}" for i, x in enumerate(self.plans))
+        """Both plans, in lines, after the reason for their number."""
+        lines = [self.reason] if self.reason else []
+        return "\n".join(lines + [f"nano-batch {i}\n{x.describe()}" for i, x in enumerate(self.plans)])
 
     def select_carried(self, x: Tensor) -> Tensor:
         """Of the first nano-batch's x [B, S_local, …], the rows that the second sees: [B, n, …]."""
@@ -74,15 +81,15 @@ class NanoBatches:
 
 
 def cut_in_two(mask: Mask, *, at: int | None = None, strategy: str = "auto", **arguments: Any) -> NanoBatches:
-    """Two nano-batches of one stream: rows [0, at) and [at, n), each spread over all ranks. Collective, as ``plan``.
+    """Two nano-batches of one stream with as many tokens, each spread over all ranks. Collective, as ``plan``.
 
-    Exact for any mask under which no row before the cut sees a row behind it: documents and causal masks of all kinds, one
-    giant document too. The second nano-batch's plan begins with those rows of the first that it sees (of a document that the
-    cut goes through), for their keys; their queries see nothing there.
+    Documents go whole to one nano-batch or the other where that leaves both with nearly the same tokens; else one document is
+    cut. Exact for any mask under which no row before a cut sees a row behind it: documents and causal masks of all kinds, one
+    giant document too. The second nano-batch's plan begins with those rows of the first that it sees (of a document that is
+    cut), for their keys; their queries see nothing there.
 
-    mask: square. at: None cuts at n/2, so that both have as many tokens, or where the mask does not allow that, at the nearest
-    row that no pair crosses. strategy, arguments: those of ``plan``, without layout and key_layout. Raises PlanError where the
-    stream cannot be cut, and what ``plan`` raises.
+    mask: square. at: rows [0, at) and [at, n) instead, in the stream's order. strategy, arguments: those of ``plan``, without
+    layout and key_layout. Raises PlanError where the stream cannot be cut, and what ``plan`` raises.
     """
     for name in ("layout", "key_layout"):
         if name in arguments:
@@ -90,64 +97,26 @@ def cut_in_two(mask: Mask, *, at: int | None = None, strategy: str = "auto", **a
     if mask.num_queries != mask.num_keys or mask.num_queries < 2:
         shape = f"{mask.num_queries} × {mask.num_keys}"
         raise PlanError(f"only a stream of 2 or more rows, queries and keys alike, can be cut in two; the mask is {shape}")
-    cut = _find_cut(mask) if at is None else _check_cut(mask, at)
-    n = mask.num_queries
-    first = plan(_window(mask, 0, cut, 0), strategy=strategy, **arguments)
-    later = mask.cut(cut, n, 0, n)
-    seen = min(cut, int(later.bands[:, 2].min(initial=cut)))
-    own = _own_layout(_window(mask, cut, n, cut), first, strategy, arguments)
-    layout = _with_carried(first.layout, own, seen, cut)
-    second = plan(_window(later, seen, n, seen), strategy=strategy, layout=layout, **arguments)
-    carried = np.flatnonzero(first.layout.rows(first.rank) >= seen)
-    return NanoBatches((first, second), (0, seen), torch.from_numpy(carried))
-
-
-def _find_cut(mask: Mask) -> int:
-    """n/2, or the row nearest to it that no pair crosses."""
-    half = (mask.num_queries + 1) // 2
-    if not _looks_ahead(mask, half):
-        return half
-    clean = mask.segments()[1:-1]
-    if not len(clean):
+    found = arrange(mask) if at is None else Arrangement(mask, check_cut(mask, at), None)
+    if found is None:
         raise PlanError(
             "this mask cannot be cut in two: rows of the first half see rows of the second, and there is no row that no pair "
             "crosses; run it without ping-pong, or use two sequences as nano-batches (NanoBatches.of)"
         )
-    return int(clean[np.abs(clean - half).argmin()])
-
-
-def _check_cut(mask: Mask, at: int) -> int:
-    if not 0 < at < mask.num_queries:
-        raise PlanError(f"at={at} must leave rows on both sides: choose it from 1 to {mask.num_queries - 1}")
-    if _looks_ahead(mask, at):
-        raise PlanError(f"at={at} is no place to cut: rows before it see rows behind it; give another row, or None")
-    return at
-
-
-def _looks_ahead(mask: Mask, at: int) -> bool:
-    return mask.cut(0, at, at, mask.num_keys).area > 0
-
-
-def _window(mask: Mask, first: int, stop: int, key: int) -> Mask:
-    """The pairs of rows [first, stop) with keys from ``key`` on, as a square mask whose row 0 is row ``key``."""
-    size = stop - key
-    bands = mask.cut(first, stop, key, stop).shift(-key, -key).bands
-    return Mask.from_bands(bands, size, size)
+    first = plan(first_mask(found), strategy=strategy, **arguments)
+    own = _own_layout(own_mask(found), first, strategy, arguments)
+    later = second_half(found, first.layout, own)
+    second = plan(later.mask, strategy=strategy, layout=later.layout, **arguments)
+    carried = np.flatnonzero(first.layout.rows(first.rank) >= later.seen)
+    order = None if found.order is None else torch.from_numpy(found.order)
+    return NanoBatches((first, second), (0, later.seen), torch.from_numpy(carried), order)
 
 
 def _own_layout(own: Mask, first: Plan, strategy: str, arguments: dict[str, Any]) -> Layout:
     """Where the second nano-batch's own rows lie: chosen as the first's were."""
     options = arguments.get("options") if strategy != "auto" else None
-    return choose_layout(own, first.num_ranks, first.strategy, heads=first.heads, options=options).layout
-
-
-def _with_carried(first: Layout, own: Layout, seen: int, cut: int) -> Layout:
-    """Rows [seen, n) of the stream, counted from ``seen``: on each rank what it holds of the first half, then its own."""
-    ranges = []
-    for rank in range(first.num_ranks):
-        kept = np.maximum(first.rank_ranges(rank), seen) - seen
-        ranges.append([*kept.tolist(), *(own.rank_ranges(rank) + (cut - seen)).tolist()])
-    return Layout.given(ranges, name=f"{own.name}, second half")
+    sizes = {"heads": first.heads, "kv_heads": first.kv_heads}
+    return choose_layout(own, first.num_ranks, first.strategy, **sizes, options=options).layout
 
 
 class Phase(nn.Module):

@@ -32,6 +32,7 @@ GRIDS: dict[int, list[Grid]] = {
             "train.activation_offload": True,
         },
         {"train.nano_batches": 2, "parallel.strategy": "ulysses"},
+        {"train.nano_batches": 0, "parallel.strategy": "auto"},
         {"parallel.servers": 1, "model.layers": "softmax,kda", "train.activation_checkpointing": "full"},
     ],
     3: [{"train.nano_batches": 2, "parallel.servers": 2}],
@@ -44,8 +45,11 @@ GRIDS: dict[int, list[Grid]] = {
 
 @pytest.fixture(scope="module")
 def config(tmp_path_factory: pytest.TempPathFactory) -> Config:
+    return make_config(tmp_path_factory.mktemp("pingpong"))
+
+
+def make_config(folder: Path) -> Config:
     """The quickstart's model on sequences of 157 bytes."""
-    folder = tmp_path_factory.mktemp("pingpong")
     (folder / "text").mkdir()
     words = np.random.default_rng(1).choice(["server", "query", "key\n", "of", "a"], 6000)
     for i, length in enumerate([5, 30, 60, 150, 400, 2000]):
@@ -100,7 +104,8 @@ def test_losses_are_those_of_one_rank(
     [
         (["parallel.servers=1"], "parallel.servers=1 is not possible with parallel.strategy=ring"),
         (["parallel.servers=2", "parallel.strategy=disaggregated"], "parallel.servers=2 leaves none of the parallel.context=2"),
-        (["train.nano_batches=3"], "train.nano_batches=3 is not allowed: 1, or 2 halves"),
+        (["train.nano_batches=3"], "train.nano_batches=3 is not allowed: 1, 2 halves that take turns, or 0 for what is"),
+        (["train.nano_batches=0", "model.layers=kda"], "model.layers=kda is not possible with train.nano_batches=0"),
         (["train.nano_batches=2", "train.activation_checkpointing=full"], "full is not possible with train.nano_batches=2"),
         (
             ["train.nano_batches=2", "train.engine=deepspeed"],

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import heapq
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -22,12 +22,12 @@ from distattn.bench.cad_layers import LayerTime, ModelShape
 from distattn.mask import Mask
 from distattn.parallel import kernel_time
 from distattn.parallel.backward import derive_backward
-from distattn.parallel.disaggregation.ticks import NanoTimes, ping_pong, travel_seconds
+from distattn.parallel.disaggregation.ticks import NanoTimes, nano_times, ping_pong
 from distattn.parallel.hardware import Hardware
-from distattn.parallel.layout import Layout
-from distattn.parallel.program import KV_IN, MOVE_KIND, Q_IN, Program
+from distattn.parallel.program import Program
+from distattn.parallel.schedulers.auto import choose_layout
 from distattn.parallel.schedulers.disaggregated import DisaggregatedOptions, plan
-from distattn.parallel.simulate import predict
+from distattn.parallel.simulate import Prediction, predict
 
 TENSOR_PARALLEL = 8
 RANK_TOKENS = 131_072
@@ -40,12 +40,14 @@ Prices = tuple[kernel_time.Price | None, kernel_time.Price | None]
 
 @dataclass(frozen=True)
 class Setting:
-    """A model on a cluster. hardware: of one GPU, a node being one rank; layer: of one GPU, without transfers."""
+    """A model on a cluster. hardware: of one GPU, a node being one rank; layer: of one GPU, without transfers; turns: how much
+    longer computing takes in two nano-batches than in one."""
 
     model: ModelShape
     hardware: Hardware
     layer: LayerTime
     tolerance: float = 0.05
+    turns: float = 1.0
 
     @property
     def heads(self) -> int:
@@ -140,12 +142,15 @@ class CadStep:
 
 
 def cad_seconds(documents: Sequence[int], ranks: int, setting: Setting, price: Prices) -> CadStep:
-    """Two nano-batches of equal tokens, planned over all ranks; steady state of many layers."""
-    halves = dealt_by_tokens(documents, 2)
+    """Planned over all ranks, in two nano-batches of equal tokens that take turns or in one, whichever is faster; steady state
+    of many layers."""
+    return min(_in_turns(documents, ranks, setting, price), _in_one(documents, ranks, setting, price), key=lambda x: x.seconds)
+
+
+def _in_turns(documents: Sequence[int], ranks: int, setting: Setting, price: Prices) -> CadStep:
     forward, backward, imbalance = [], [], 1.0
-    for half in halves:
-        mask, layout = Mask.documents(half), Layout.contiguous(sum(half), ranks)
-        program = plan(mask, layout, setting.heads, setting.kv_heads, DisaggregatedOptions(tolerance=setting.tolerance))
+    for half in dealt_by_tokens(documents, 2):
+        mask, program = _planned(half, ranks, setting)
         there, ratio = layer_times(program, mask, setting, price)
         back, _ = layer_times(derive_backward(program), mask, setting, price)
         forward.append(there)
@@ -157,6 +162,33 @@ def cad_seconds(documents: Sequence[int], ranks: int, setting: Setting, price: P
         seconds += many[-1].end - few[-1].end
         exposed += sum(t.exposed_seconds for t in many) - sum(t.exposed_seconds for t in few)
     return CadStep(seconds, exposed, imbalance)
+
+
+def _in_one(documents: Sequence[int], ranks: int, setting: Setting, price: Prices) -> CadStep:
+    """Attention hides of its transfers what it can behind its own work."""
+    mask, program = _planned(documents, ranks, setting)
+    seconds = exposed = 0.0
+    imbalance = 1.0
+    for direction in (program, derive_backward(program)):
+        found = predicted(direction, mask, setting, price)
+        seconds += setting.linear_seconds(float(program.layout.counts.max()), backward=direction.backward) + found.seconds
+        exposed += found.exposed_communication_seconds
+        imbalance = max(imbalance, found.cost.imbalance)
+    return CadStep(seconds, exposed, imbalance)
+
+
+def _planned(documents: Sequence[int], ranks: int, setting: Setting) -> tuple[Mask, Program]:
+    mask, options = Mask.documents(documents), DisaggregatedOptions(tolerance=setting.tolerance)
+    sizes = {"heads": setting.heads, "kv_heads": setting.kv_heads}
+    layout = choose_layout(mask, ranks, "disaggregated", **sizes, options=options).layout
+    return mask, plan(mask, layout, setting.heads, setting.kv_heads, options)
+
+
+def predicted(program: Program, mask: Mask, setting: Setting, price: Prices) -> Prediction:
+    """Of one layer's attention in one piece."""
+    # The baseline has no tiles to look at, so that both pay the mask's mean price.
+    hardware = replace(setting.hardware, kernels=())
+    return predict(program, mask, hardware, setting.model.head_dim, price=price[program.backward])
 
 
 def dealt_by_tokens(documents: Sequence[int], parts: int) -> list[list[int]]:
@@ -171,13 +203,9 @@ def dealt_by_tokens(documents: Sequence[int], parts: int) -> list[list[int]]:
 
 
 def layer_times(program: Program, mask: Mask, setting: Setting, price: Prices) -> tuple[NanoTimes, float]:
-    """Of one layer by rank, and attention's busiest rank over the mean."""
-    prediction = predict(program, mask, setting.hardware, setting.model.head_dim, price=price[program.backward])
-    line, kind = prediction.timeline, program.moves[:, MOVE_KIND]
-    attention = (line.done - line.go[:, :-1]).sum(1)
-    arrives = (kind == Q_IN) | (kind == KV_IN)
-    into, out_of = (travel_seconds(program, prediction.shape, setting.hardware, chosen) for chosen in (arrives, ~arrives))
+    """Of one layer by rank, as one of two nano-batches, and attention's busiest rank over the mean."""
+    prediction = predicted(program, mask, setting, price)
     linear = np.array([setting.linear_seconds(n, backward=program.backward) for n in program.layout.counts.tolist()])
-    # Reversed, results' gradients come first: they are what the backward's attention waits for.
-    inputs, results = (out_of, into) if program.backward else (into, out_of)
-    return NanoTimes(linear, attention, inputs, results), prediction.cost.imbalance
+    times = nano_times(program, prediction, linear)
+    times = replace(times, linear=setting.turns * times.linear, attention=setting.turns * times.attention)
+    return times, prediction.cost.imbalance

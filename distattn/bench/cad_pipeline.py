@@ -11,6 +11,7 @@ from distattn.bench.cad_model import (
     group_seconds,
     layer_times,
     packed_by_work,
+    predicted,
 )
 from distattn.parallel.backward import derive_backward
 from distattn.parallel.disaggregation.pipeline import pipeline_ticks, tick_stream
@@ -55,8 +56,8 @@ def _baseline(documents: list[int], sizes: tuple[int, int, int], setting: Settin
 
 
 def _pooled(documents: list[int], sizes: tuple[int, int, int], setting: Setting, price: Prices) -> tuple[float, float, float]:
-    """(seconds, exposed, imbalance): a tick's linear layers on its own ranks, its attention over all, half of each after the
-    other's transfers."""
+    """(seconds, exposed, imbalance): a tick's linear layers on its own ranks, its attention over all, in turns or in one piece,
+    whichever is faster."""
     of_stage, stages, count = sizes
     microbatches = dealt_by_tokens(documents, count)
     options = DisaggregatedOptions(tolerance=setting.tolerance)
@@ -68,13 +69,18 @@ def _pooled(documents: list[int], sizes: tuple[int, int, int], setting: Setting,
             program = plan(mask, layout, setting.heads, setting.kv_heads, options)
             known[tick.microbatches] = mask, program
         mask, program = known[tick.microbatches]
-        times, ratio = layer_times(derive_backward(program) if tick.backward else program, mask, setting, price)
+        direction = derive_backward(program) if tick.backward else program
+        times, ratio = layer_times(direction, mask, setting, price)
         imbalance = max(imbalance, ratio)
         linear, attention = float(times.linear.max()), float(times.attention.max())
         # Nano-batches of half the tokens: each transfer has half a phase of the other one to hide behind.
         waits = sum(
             max(0.0, float(travel.max()) - hidden) for travel, hidden in ((times.inputs, linear), (times.results, attention))
         )
-        seconds += linear + attention + waits
-        exposed += waits
+        whole = predicted(direction, mask, setting, price)
+        in_turns = linear + attention + waits, waits
+        in_one = linear / setting.turns + whole.seconds, whole.exposed_communication_seconds
+        taken = min(in_turns, in_one)
+        seconds += taken[0]
+        exposed += taken[1]
     return seconds, exposed, imbalance

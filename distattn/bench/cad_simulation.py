@@ -19,6 +19,7 @@ import typer
 from distattn.bench.cad_layers import MODELS, LayerTime
 from distattn.bench.cad_model import RANK_TOKENS, TENSOR_PARALLEL, Setting, baseline_seconds, cad_seconds, prices
 from distattn.bench.cad_pipeline import pipeline_seconds, pipeline_tokens
+from distattn.bench.disaggregation_report import cases, is_measured, slowest
 from distattn.bench.lengths import DISTRIBUTIONS
 from distattn.bench.options import names
 from distattn.bench.record import Record, environment
@@ -50,6 +51,7 @@ app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 def main(
     json_path: Annotated[Path, typer.Option("--json", help="Results; cells found there are not simulated again.")],
     layers: Annotated[Path | None, typer.Option(help="What `distattn bench cad-layers` wrote (default: 60 % of peak).")] = None,
+    steps: Annotated[Path | None, typer.Option(help="What `distattn bench disaggregation` wrote: what turns cost.")] = None,
     models: Annotated[str, typer.Option(help="8b, 34b (default: both).")] = "",
     kinds: Annotated[str, typer.Option(help="flat, pipeline (default: both).")] = "",
     mixes: Annotated[str, typer.Option(help="pretrain, prolong (default: both).")] = "",
@@ -62,7 +64,11 @@ def main(
         raise ConfigError(f"--batches must be at least 1, got {batches}")
     hardware = _hardware()
     measured = "60 % of the data sheet's peak, assumed" if layers is None else str(layers)
-    about = {"simulated": True, "hardware": repr(hardware), "linear_layers": measured, "rank_tokens": RANK_TOKENS}
+    turns = 1.0 if steps is None else cost_of_turns(steps)
+    about = {
+        "simulated": True, "hardware": repr(hardware), "linear_layers": measured, "rank_tokens": RANK_TOKENS,
+        "cost_of_turns": turns, "measured_steps": str(steps or "none"),
+    }  # fmt: skip
     record = Record(json_path, environment(commit), about)
     for kind in names("kinds", kinds, list(CASES)):
         for model, gpus, context in CASES[kind]:
@@ -71,7 +77,7 @@ def main(
             for mix in names("mixes", mixes, list(MIXES)):
                 key = f"{kind}|{model}|{gpus}|{context}K|{mix}"
                 if key not in record:
-                    setting = Setting(MODELS[model], hardware, layer_time(model, layers), tolerance)
+                    setting = Setting(MODELS[model], hardware, layer_time(model, layers), tolerance, turns)
                     record.add(key, simulate_cell(kind, setting, gpus // TENSOR_PARALLEL, context * 1024, mix, batches))
     print(table(record.results))
 
@@ -94,6 +100,25 @@ def layer_time(model: str, path: Path | None) -> LayerTime:
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ConfigError(
             f"{path} holds no times of the model {model} ({error}): `distattn bench cad-layers --json {path}` writes them"
+        ) from error
+
+
+def cost_of_turns(path: Path) -> float:
+    """A measured step in two nano-batches over one in one piece without transfers, the median over mixes: kernels of half the
+    size, more launches, what transfers take from the kernels that hide them. ConfigError for another file."""
+    try:
+        cells = json.loads(path.read_text())["results"]
+        found = [
+            slowest(cells[f"{case}|disaggregated_ping_pong"]["seconds"])
+            / slowest(cells[f"{case}|disaggregated"]["silent_seconds"])
+            for case in cases(cells)
+            if all(is_measured(cells.get(f"{case}|{name}", {})) for name in ("disaggregated", "disaggregated_ping_pong"))
+        ]
+        return statistics.median(found)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ConfigError(
+            f"{path} holds no steps with and without ping-pong ({error}): `distattn bench disaggregation --json {path}` "
+            "writes them"
         ) from error
 
 

@@ -23,6 +23,7 @@ from distattn.bench.disaggregation_report import plot, table
 from distattn.bench.record import environment
 from distattn.errors import ConfigError
 from distattn.launchers.local import launch_local
+from distattn.parallel.transport.choice import TRANSPORTS
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
@@ -36,8 +37,9 @@ def disaggregation_command(
     engines: Annotated[str, typer.Option(help="Engines, comma-separated (default: all).")] = "",
     shape: Annotated[str, typer.Option(help=f"Layers of this shape: {', '.join(SHAPES)} (default: 8b on a GPU).")] = "",
     kernel: Annotated[str, typer.Option(help="Kernel of every engine.")] = "auto",
+    transport: Annotated[str, typer.Option(help="collective, symmetric or auto, of every engine.")] = "collective",
     layers: Annotated[int, typer.Option(help="Layers of the model.")] = 2,
-    seconds: Annotated[float, typer.Option(help="Of repeats for each cell.")] = 2.0,
+    seconds: Annotated[float, typer.Option(help="Of repeats for each cell; engines take turns.")] = 2.0,
     time_limit: Annotated[float, typer.Option(help="Seconds after which no further cell begins.")] = 1e9,
     device: Annotated[str, typer.Option(help="cuda or cpu (default: what there is).")] = "",
     commit: Annotated[str, typer.Option(help="Commit to record where the checkout is no git repository.")] = "",
@@ -52,9 +54,18 @@ def disaggregation_command(
         shape = shape or ("8b" if device == "cuda" else "tiny")
         if shape not in SHAPES:
             raise ConfigError(f"--shape is {shape!r}: choose one of {', '.join(SHAPES)}")
+        if transport not in ("auto", *TRANSPORTS):
+            raise ConfigError(f"--transport is {transport!r}: choose one of auto, {', '.join(TRANSPORTS)}")
         if layers < 1 or ranks < 1:
             raise ConfigError(f"--layers={layers} and --ranks={ranks} must be at least 1")
-        place = {**environment(commit), "ranks": ranks, "shape": shape, "layers": layers, "kernel": kernel}
+        place = {
+            **environment(commit),
+            "ranks": ranks,
+            "shape": shape,
+            "layers": layers,
+            "kernel": kernel,
+            "transport": transport,
+        }
         status = _launch(
             ranks,
             {
@@ -63,6 +74,7 @@ def disaggregation_command(
                 "device": device,
                 "shape": shape,
                 "kernel": kernel,
+                "transport": transport,
                 "layers": layers,
                 "cells": choose_cells(tokens, mixes, engines, ranks),
                 "seconds": seconds,

@@ -4,7 +4,9 @@
     wlb                  documents dealt by their work to groups of c ranks,   WLB-LLM's way (OSDI'25), the best c that was
                          per-document zigzag in each group                     measured: work even, tokens not
     ring, all_gather     per-document zigzag over all ranks
-    disaggregated        every rank holds as many tokens, tasks go where there is time; with ping-pong: in two halves in turns
+    disaggregated        tasks go where there is time; with ping-pong: in two halves in turns; contiguous: every rank holds the
+                         tokens that come to it, without a choice of where rows lie
+    auto                 what distattn chooses by itself: strategy, layout, and one nano-batch or two
 
 All compute the same model on the same packed stream under the same mask: only where rows lie and what is sent differs.
 """
@@ -39,13 +41,13 @@ SHAPES = {
 
 @dataclass(frozen=True)
 class Engine:
-    """One way to spread a stream. layout: None leaves it to the plan; halves: ping-pong of two."""
+    """One way to spread a stream. layout: None leaves it to the plan; nano_batches: 2 is ping-pong, 0 as predicted."""
 
     name: str
     strategy: str
     layout: Layout | None = None
     options: Any = None
-    halves: bool = False
+    nano_batches: int = 1
 
 
 class RefusedError(Exception):
@@ -72,8 +74,8 @@ def engine_names(ranks: int) -> list[str]:
     degrees = [c for c in range(1, ranks + 1) if ranks % c == 0]
     servers = ["disaggregated_servers"] if ranks > 2 else []
     return [
-        "disaggregated_ping_pong", "disaggregated", "data_parallel", *(f"wlb_cp{c}" for c in degrees), "ring", "all_gather",
-        "disaggregated_ping_pong_keep", *servers,
+        "auto", "disaggregated_ping_pong", "disaggregated", "data_parallel", *(f"wlb_cp{c}" for c in degrees), "ring",
+        "all_gather", "disaggregated_contiguous", "disaggregated_ping_pong_keep", *servers,
     ]  # fmt: skip
 
 
@@ -82,6 +84,8 @@ def make_engine(name: str, lengths: list[int], ranks: int, tokens: int, shape: M
     if name not in engine_names(ranks):
         raise ConfigError(f"unknown engine {name!r}: for {ranks} ranks there are {', '.join(engine_names(ranks))}")
     align = 128 if tokens >= 2048 else 8  # a kernel's tile, or something for tests
+    if name == "auto":
+        return Engine(name, "auto", nano_batches=0)
     if name == "data_parallel":
         return Engine(name, "all_gather", data_parallel_layout(lengths, ranks, tokens))
     if name.startswith("wlb_cp"):
@@ -91,7 +95,8 @@ def make_engine(name: str, lengths: list[int], ranks: int, tokens: int, shape: M
         return Engine(name, name, Layout.per_document_zigzag(lengths, ranks, min_cut=align))
     servers = 1 if name.endswith("servers") else 0
     options = DisaggregatedOptions(align=align, servers=servers, head_dim=shape.head_dim)
-    return Engine(name, "disaggregated", None, options, halves=name != "disaggregated")
+    layout = Layout.contiguous(sum(lengths), ranks) if name.endswith("contiguous") else None
+    return Engine(name, "disaggregated", layout, options, nano_batches=2 if "ping_pong" in name or servers else 1)
 
 
 def data_parallel_layout(lengths: list[int], ranks: int, tokens: int) -> Layout:
@@ -118,9 +123,13 @@ def wlb_layout(lengths: list[int], ranks: int, degree: int, shape: ModelConfig, 
 
 def document_work(length: int, shape: ModelConfig) -> float:
     """Forward FLOPs of one layer for a document: attention 4·d·H a pair, and twice the weights a token."""
+    return 4 * shape.num_heads * shape.head_dim * length * (length + 1) / 2 + linear_work(shape) * length
+
+
+def linear_work(shape: ModelConfig) -> float:
+    """Forward FLOPs of one layer for a token outside attention: twice the weights."""
     width, keys = shape.num_heads * shape.head_dim, shape.num_kv_heads * shape.head_dim
-    linear = 2 * shape.dim * (2 * width + 2 * keys + 3 * shape.ffn_dim)
-    return 4 * width * length * (length + 1) / 2 + linear * length
+    return 2 * shape.dim * (2 * width + 2 * keys + 3 * shape.ffn_dim)
 
 
 def _deal(weight: np.ndarray, sizes: np.ndarray, bins: int, room: float) -> np.ndarray:

@@ -28,7 +28,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from distattn.bench.disaggregation_cases import SHAPES, Engine, RefusedError, make_engine, make_lengths
+from distattn.bench.disaggregation_cases import SHAPES, Engine, RefusedError, linear_work, make_engine, make_lengths
 from distattn.bench.disaggregation_report import slowest
 from distattn.bench.record import Record
 from distattn.errors import LayoutError, PlanError
@@ -36,12 +36,13 @@ from distattn.launchers.environment import init_from_environment
 from distattn.mask import Mask
 from distattn.models import Decoder, ModelConfig
 from distattn.models.decoder import Attention
+from distattn.nano_choice import choose_nano_batches
 from distattn.parallel.transport.base import Message
 from distattn.pingpong import NanoBatches, cut_in_two
 from distattn.planning import Plan, plan
 
 TRANSFER_TIMEOUT_S = 30.0
-MIN_REPEATS, MAX_REPEATS = 2, 20
+MIN_REPEATS, MAX_REPEATS = 3, 20
 MAX_ERROR = 5e-2
 """Relative difference (Frobenius) of a gradient from the first engine's at which a cell counts as wrong."""
 
@@ -56,6 +57,7 @@ class Settings:
     device: str
     shape: str
     kernel: str
+    transport: str
     layers: int
     cells: list[tuple[int, str, str]]
     seconds: float
@@ -97,6 +99,15 @@ class Batch:
     positions: list[Tensor]
 
 
+@dataclass(eq=False)
+class Prepared:
+    """An engine's step, checked; silent: the same without transfers, None where there are none; about: of it, besides times."""
+
+    batch: Batch
+    silent: Batch | None
+    about: dict[str, Any]
+
+
 class Runner:
     """One rank: its peers, its model, and how it takes times."""
 
@@ -125,11 +136,13 @@ class Runner:
         arguments: dict[str, Any] = {
             "heads": self.shape.num_heads, "kv_heads": self.shape.num_kv_heads, "head_dim": self.shape.head_dim, "group": group,
             "strategy": engine.strategy, "options": engine.options, "dtype": self.dtype, "timeout_s": TRANSFER_TIMEOUT_S,
-            "kernel": self.settings.kernel, "transport": "collective",
+            "kernel": self.settings.kernel, "transport": self.settings.transport,
             "backward": "keep" if engine.name.endswith("keep") else "resend",
         }  # fmt: skip
-        if engine.halves:
+        if engine.nano_batches == 2:
             return cut_in_two(mask, **arguments)
+        if engine.nano_batches == 0:
+            return choose_nano_batches(mask, linear_flops=linear_work(self.shape), layers=self.shape.num_layers, **arguments)
         return NanoBatches.of(plan(mask, layout=engine.layout, **arguments))
 
     def batch(self, nano: NanoBatches, lengths: list[int]) -> Batch:
@@ -168,68 +181,83 @@ class Runner:
             torch.cuda.synchronize()
         return time.perf_counter() - begin
 
-    def repeat(self, call: Callable[[], object]) -> list[list[float]]:
-        """Seconds of each rank in each repeat, as many as fill the time; ``checked_step`` was the warm-up."""
-        times = [self.timed(call)]
-        repeats = int(self.settings.seconds / max(*self.everyone(times[0]), 1e-4))
-        times += [self.timed(call) for _ in range(min(max(repeats, MIN_REPEATS), MAX_REPEATS) - 1)]
-        return self.everyone(times)
-
-    def measure(self, tokens: int, mix: str, name: str) -> dict[str, Any]:
-        """One cell; raises RefusedError where the engine cannot hold the mix."""
+    def prepare(self, tokens: int, mix: str, name: str) -> Prepared:
+        """Plan an engine's step and check it; raises RefusedError where the engine cannot hold the mix."""
         lengths = make_lengths(mix, self.num_ranks, tokens)
-        mask = Mask.documents(lengths)
         began = time.perf_counter()
         try:
-            nano = self.plan(make_engine(name, lengths, self.num_ranks, tokens, self.shape), mask)
+            nano = self.plan(make_engine(name, lengths, self.num_ranks, tokens, self.shape), Mask.documents(lengths))
         except (PlanError, LayoutError) as error:
             raise RefusedError(str(error)) from error
         for made in nano.plans:
             _ = made.lowered, made.lowered_backward
         plan_seconds = time.perf_counter() - began
         batch = self.batch(nano, lengths)
+        self.checked_step(batch)
+        if self.cuda:
+            torch.cuda.reset_peak_memory_stats()
         sent = _bytes_sent(nano)
         gradient = self.checked_step(batch)
         sent = _bytes_sent(nano) - sent
+        peak = torch.cuda.max_memory_allocated() if self.cuda else 0
         wanted = self._gradients.setdefault((tokens, mix), gradient)
         error = ((gradient - wanted).norm() / wanted.norm()).item()
-        if self.cuda:
-            torch.cuda.reset_peak_memory_stats()
-        seconds = self.repeat(lambda: self.step(batch))
-        peak = torch.cuda.max_memory_allocated() if self.cuda else 0
-        # Where nothing is sent there is nothing to leave out.
-        silent = self.repeat(lambda: self.step(self.silenced(batch))) if max(self.everyone(sent)) else seconds
-        return {
-            "seconds": seconds,
-            "silent_seconds": silent,
+        about = {
             "error": error,
             "wrong": not error <= MAX_ERROR,
             "rows": self.everyone([len(rows) for rows in nano.positions]),
             "bytes_sent": self.everyone(sent),
             "peak_memory_bytes": max(self.everyone(peak)),
+            "chosen": _chosen(nano),
             "plan_seconds": max(self.everyone(plan_seconds)),
             "documents": len(lengths),
             "longest": max(lengths),
         }
+        # Where nothing is sent there is nothing to leave out.
+        return Prepared(batch, self.silenced(batch) if max(about["bytes_sent"]) else None, about)
+
+    def measure(self, engines: dict[str, Prepared]) -> dict[str, dict[str, Any]]:
+        """Seconds of each rank in each repeat, of one case's engines in turns, so that clocks and temperatures drift alike for
+        all of them; as many repeats as fill the time of one."""
+        times: dict[str, list[float]] = {name: [] for name in engines}
+        silent: dict[str, list[float]] = {name: [] for name in engines}
+        repeats, count = MIN_REPEATS, 0
+        while count < repeats:
+            for name, engine in engines.items():
+                times[name].append(self.timed(lambda engine=engine: self.step(engine.batch)))
+            for name, engine in engines.items():
+                if engine.silent is not None:
+                    silent[name].append(self.timed(lambda batch=engine.silent: self.step(batch)))
+            if not count:
+                mean = sum(max(found) for found in zip(*self.everyone([x[0] for x in times.values()]), strict=True))
+                repeats = int(self.settings.seconds * len(engines) / max(mean, 1e-4))
+                repeats = min(max(repeats, MIN_REPEATS), MAX_REPEATS)
+            count += 1
+        found = {}
+        for name, engine in engines.items():
+            seconds = self.everyone(times[name])
+            without = self.everyone(silent[name]) if engine.silent is not None else seconds
+            found[name] = {"seconds": seconds, "silent_seconds": without, **engine.about}
+        return found
 
     def silenced(self, batch: Batch) -> Batch:
         plans = tuple(self._silent_plan(made) for made in batch.nano.plans)
         return dataclasses.replace(batch, nano=dataclasses.replace(batch.nano, plans=plans))
 
     def _silent_plan(self, made: Plan) -> Plan:
-        if made not in self._silent:
-            silent: Any = SilentTransport(made.transport, self.device, self.dtype)
-            self._silent[made] = dataclasses.replace(made, transport=silent)
-        return self._silent[made]
+        silent: Any = SilentTransport(made.transport, self.device, self.dtype)
+        return dataclasses.replace(made, transport=silent)
 
     @functools.cached_property
     def _gradients(self) -> dict[tuple[int, str], Tensor]:
         """By case, of the first engine that was measured here."""
         return {}
 
-    @functools.cached_property
-    def _silent(self) -> dict[Plan, Plan]:
-        return {}
+
+def _chosen(nano: NanoBatches) -> str:
+    """Strategy and layout of each nano-batch's attention, and why there are so many."""
+    parts = " + ".join(f"{made.strategy} on {made.layout.name}" for made in nano.plans)
+    return f"{parts}; {nano.reason}" if nano.reason else parts
 
 
 def _bytes_sent(nano: NanoBatches) -> int:
@@ -237,26 +265,30 @@ def _bytes_sent(nano: NanoBatches) -> int:
 
 
 def run(settings: Settings) -> None:
-    """Every cell that the results lack, until the deadline."""
+    """Every case that lacks results, until the deadline."""
     runner = Runner(settings)
     record = Record(Path(settings.results), settings.environment)
+    cases: dict[tuple[int, str], list[str]] = {}
     for tokens, mix, name in settings.cells:
-        case = f"{tokens}|{mix}"
+        if f"{tokens}|{mix}|{name}" not in record:
+            cases.setdefault((tokens, mix), []).append(name)
+    for (tokens, mix), names in cases.items():
         if max(runner.everyone(time.time())) > settings.deadline:
             break
-        if f"{case}|{name}" in record:
-            continue
-        try:
-            cell = runner.measure(tokens, mix, name)
-        except RefusedError as error:
-            cell = {"refused": str(error)}
-        runner._silent.clear()
+        engines, cells = {}, {}
+        for name in names:
+            try:
+                engines[name] = runner.prepare(tokens, mix, name)
+            except RefusedError as error:
+                cells[name] = {"refused": str(error)}
+        cells |= runner.measure(engines)
+        del engines
         gc.collect()
         if runner.cuda:
             torch.cuda.empty_cache()
-        if runner.rank == 0:
-            record.add(f"{case}|{name}", cell)
-            print(f"{case}|{name}: {_line(cell)}", flush=True)
+        for name in names if runner.rank == 0 else ():
+            record.add(f"{tokens}|{mix}|{name}", cells[name])
+            print(f"{tokens}|{mix}|{name}: {_line(cells[name])}", flush=True)
 
 
 def _line(cell: dict[str, Any]) -> str:

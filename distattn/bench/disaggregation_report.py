@@ -10,7 +10,11 @@ from typing import Any
 Cells = Mapping[str, dict[str, Any]]
 """By "tokens|mix|engine"; seconds and silent_seconds of a cell: of each rank, in each repeat."""
 
-OURS = "disaggregated_ping_pong"
+OURS = ("auto", "disaggregated_ping_pong")
+"""The first of these that was measured is what others are compared with."""
+
+OTHERS = ("data_parallel", "ring", "all_gather", "wlb_cp")
+"""Ways to do without disaggregation, by the beginnings of their names."""
 
 
 def slowest(seconds: list[list[float]]) -> float:
@@ -51,13 +55,25 @@ def best_wlb(cells: Cells, case: str) -> str | None:
     return min(found, key=lambda engine: found[engine]) if found else None
 
 
+def ours(cells: Cells, case: str) -> str | None:
+    """The engine that this case's others are compared with, or None."""
+    return next((name for name in OURS if is_measured(cells.get(f"{case}|{name}", {}))), None)
+
+
 def speedups(cells: Cells, case: str) -> dict[str, float]:
-    """Step time of each other engine over that of disaggregation with ping-pong."""
-    ours = cells.get(f"{case}|{OURS}", {})
-    if not is_measured(ours):
+    """Step time of each other engine over that of ours."""
+    name = ours(cells, case)
+    if name is None:
         return {}
-    others = {engine: cells.get(f"{case}|{engine}", {}) for engine in engines(cells) if engine != OURS}
-    return {name: slowest(cell["seconds"]) / slowest(ours["seconds"]) for name, cell in others.items() if is_measured(cell)}
+    unit = slowest(cells[f"{case}|{name}"]["seconds"])
+    others = {engine: cells.get(f"{case}|{engine}", {}) for engine in engines(cells) if engine != name}
+    return {engine: slowest(cell["seconds"]) / unit for engine, cell in others.items() if is_measured(cell)}
+
+
+def best_other(cells: Cells, case: str) -> tuple[str, float] | None:
+    """The fastest way to do without disaggregation that was measured here, and its step time over that of ours."""
+    found = {name: gain for name, gain in speedups(cells, case).items() if name.startswith(OTHERS)}
+    return min(found.items(), key=lambda item: item[1]) if found else None
 
 
 def table(cells: Cells) -> str:
@@ -75,17 +91,22 @@ def table(cells: Cells) -> str:
             f"{max(cell['bytes_sent']) / 1e9:9.2f}{cell['peak_memory_bytes'] / 1e9:9.1f}{'  WRONG' if cell['wrong'] else ''}"
         )
     for case in cases(cells):
-        gains = speedups(cells, case)
-        wlb = best_wlb(cells, case)
+        gains, wlb = speedups(cells, case), best_wlb(cells, case)
         shown = {name: gain for name, gain in gains.items() if not name.startswith("wlb_cp") or name == wlb}
         if shown:
-            text = ", ".join(f"{name} {gain:.2f}" for name, gain in shown.items())
-            lines.append(f"{case.replace('|', ' ')}: step time over that of {OURS}: {text}")
+            text = ", ".join(f"{name} {gain:.3f}" for name, gain in shown.items())
+            lines.append(f"{case.replace('|', ' ')}: step time over that of {ours(cells, case)}: {text}")
+        best = best_other(cells, case)
+        if best is not None:
+            lines.append(f"    the best without disaggregation: {best[0]} {best[1]:.3f}")
+        chosen = cells.get(f"{case}|auto", {}).get("chosen")
+        if chosen:
+            lines.append(f"    auto took {chosen}")
     return "\n".join(lines)
 
 
 def plot(cells: Cells, environment: Mapping[str, Any], path: Path) -> None:
-    """Step times by engine and case, over ping-pong's; the part that transfers cost is drawn lighter on top."""
+    """Step times by engine and case, over that of ours; the part that transfers cost is drawn lighter on top."""
     from matplotlib.figure import Figure
 
     shown = [engine for engine in engines(cells) if not engine.startswith("wlb_cp")]
@@ -101,7 +122,7 @@ def plot(cells: Cells, environment: Mapping[str, Any], path: Path) -> None:
             cell = cells.get(f"{case}|{name}", {})
             if not is_measured(cell):
                 continue
-            unit = slowest(cells[f"{case}|{OURS}"]["seconds"])
+            unit = slowest(cells[f"{case}|{ours(cells, case)}"]["seconds"])
             places.append(x + 0.86 * (i + 0.5) / len(shown) - 0.43)
             waited.append(max(exposed(cell), 0.0) / unit)
             computed.append(slowest(cell["seconds"]) / unit - waited[-1])
@@ -115,7 +136,8 @@ def plot(cells: Cells, environment: Mapping[str, Any], path: Path) -> None:
         tokens, mix = case.split("|")
         names.append(f"{mix.replace('_', ' ')}\n{int(tokens):,} tokens a rank")
     axes.set_xticks(range(len(drawn)), names, fontsize=8)
-    axes.set_ylabel("step time over that of ping-pong")
+    units = {(ours(cells, case) or "").replace("_", " ") for case in drawn}
+    axes.set_ylabel(f"step time over that of {' or '.join(sorted(units))}")
     place = f"{environment['ranks']} × {environment['device']}, {environment['layers']} layers of {environment['shape']}"
     axes.set_title(f"{place}; pale: exposed transfers", fontsize=10)
     axes.legend(fontsize=7, ncols=3, loc="upper left")

@@ -253,7 +253,7 @@ def _schedule(
     options = options or default_options(choice.strategy, *heads, ranks, machine)
     layout, why = given, "given"
     if layout is None:
-        placed = choose_layout(mask, ranks, choice.strategy, heads=heads[0], options=options)
+        placed = choose_layout(mask, ranks, choice.strategy, heads=heads[0], kv_heads=heads[1], options=options)
         layout, why = placed.layout, placed.reason
     program = scheduler.plan(mask, layout, *heads, options)
     reason = f"given; {describe_degrees(choice.strategy, options, heads[0], ranks)}"

@@ -12,6 +12,7 @@ from distattn.config import Config
 from distattn.data import IGNORED_LABEL, PackedSequence
 from distattn.mask import Mask
 from distattn.models import Decoder
+from distattn.nano_choice import choose_nano_batches
 from distattn.parallel.schedulers.disaggregated import DisaggregatedOptions
 from distattn.pingpong import NanoBatches, cut_in_two
 from distattn.planning import Plan, plan
@@ -42,7 +43,8 @@ class MicroBatch:
 
 @dataclass(frozen=True)
 class NanoMicroBatch:
-    """This rank's rows of one packed sequence in two halves, each as in ``MicroBatch``; labels and flops are of both."""
+    """This rank's rows of one packed sequence in two halves, or in one piece, each as in ``MicroBatch``; labels and flops are
+    of all."""
 
     tokens: tuple[Tensor, ...]
     labels: tuple[Tensor, ...]
@@ -69,14 +71,26 @@ def make_plan(config: Config, mesh: Mesh, sequence: PackedSequence) -> Plan:
 
 
 def make_nano_batches(config: Config, mesh: Mesh, sequence: PackedSequence) -> NanoBatches:
-    """The schedules of both halves of a sequence. Collective over the context group."""
-    return cut_in_two(make_mask(config, sequence), **_plan_arguments(config, mesh))
+    """The schedules of both halves of a sequence, or where ``train.nano_batches`` is 0, of one or two as predicted. Collective
+    over the context group."""
+    return _nano_batches(make_mask(config, sequence), config, mesh)
+
+
+def _nano_batches(mask: Mask, config: Config, mesh: Mesh, **how: Any) -> NanoBatches:
+    if config.train.nano_batches == 2:
+        return cut_in_two(mask, **_plan_arguments(config, mesh), **how)
+    model = config.model
+    flops = model.flops_per_token(0, 1) / 3 / model.num_layers  # forward, the output projection spread over the layers
+    return choose_nano_batches(mask, linear_flops=flops, layers=model.num_layers, **_plan_arguments(config, mesh), **how)
 
 
 def plan_ahead(config: Config, mesh: Mesh, sequence: PackedSequence) -> None:
     """Leave the plans of a sequence for the call above that asks for them. Waits for no rank; for another thread."""
-    make = plan if config.train.nano_batches == 1 else cut_in_two
-    make(make_mask(config, sequence), **_plan_arguments(config, mesh), ahead=True)
+    mask = make_mask(config, sequence)
+    if config.train.nano_batches == 1:
+        plan(mask, **_plan_arguments(config, mesh), ahead=True)
+    else:
+        _nano_batches(mask, config, mesh, ahead=True)
 
 
 def _plan_arguments(config: Config, mesh: Mesh) -> dict[str, Any]:
@@ -108,7 +122,7 @@ def make_batch(config: Config, mesh: Mesh, sequence: PackedSequence) -> MicroBat
 
 
 def make_nano_batch(config: Config, mesh: Mesh, sequence: PackedSequence) -> NanoMicroBatch:
-    """``make_batch`` in two halves. Collective over the context group."""
+    """``make_batch`` in two halves, or one or two as predicted. Collective over the context group."""
     nano = make_nano_batches(config, mesh, sequence)
     tokens, labels, positions, counts = zip(*(_read(sequence, rows, mesh.device) for rows in nano.positions), strict=True)
     area = sum(half.mask.area for half in nano.plans)

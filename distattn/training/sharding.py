@@ -36,7 +36,7 @@ def build_model(config: Config, mesh: Mesh) -> Decoder:
     dtype = compute_dtype(config, mesh.device)
     with torch.device("meta"):
         model = Decoder(config.model)
-    if config.train.nano_batches == 2:
+    if config.train.nano_batches != 1:
         with torch.device("meta"):
             model.use_ping_pong()
     if mesh.all_ranks is not None and (mesh.world > 1 or dtype != torch.float32):

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import itertools
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from typer.testing import CliRunner
 
-from distattn.bench import cad_measure, cad_simulation
+from distattn.bench import cad_links, cad_measure, cad_plans, cad_simulation
 from distattn.bench.cad_layers import MODELS, LayerTime, ModelShape, measure
 from distattn.bench.cad_model import (
     RANK_TOKENS,
@@ -22,7 +23,7 @@ from distattn.bench.cad_model import (
     prices,
 )
 from distattn.bench.cad_pipeline import pipeline_seconds, pipeline_tokens
-from distattn.bench.cad_simulation import draw_batch, layer_time, table
+from distattn.bench.cad_simulation import cost_of_turns, draw_batch, layer_time, table
 from distattn.errors import ConfigError
 from distattn.parallel.hardware import HARDWARE
 
@@ -105,6 +106,25 @@ def test_commands_write_what_the_next_one_reads(tmp_path: Path, monkeypatch: pyt
     assert "1.05–1.12" in table(found["results"])
 
 
+def test_measured_steps_say_what_turns_cost(tmp_path: Path) -> None:
+    def cell(seconds: float, silent: float) -> dict[str, object]:
+        return {"seconds": [[seconds] * 3], "silent_seconds": [[silent] * 3], "wrong": False}
+
+    steps = tmp_path / "steps.json"
+    results = {"64|a|disaggregated_ping_pong": cell(1.04, 1.0), "64|a|disaggregated": cell(1.1, 1.0)}
+    results |= {"64|b|disaggregated_ping_pong": cell(3.06, 3.0), "64|b|disaggregated": cell(3.2, 3.0), "64|b|ring": cell(1, 1)}
+    steps.write_text(json.dumps({"results": results}))
+    assert cost_of_turns(steps) == pytest.approx(1.03)
+    documents = draw_batch("pretrain", 131_072, pipeline_tokens(4, 2), 0)
+    plain, slower = (
+        pipeline_seconds(documents, 4, 2, replace(setting(), turns=turns), (None, None))[1] for turns in (1.0, 1.03)
+    )
+    assert plain < slower <= 1.0301 * plain
+    steps.write_text(json.dumps({"results": {"64|a|ring": cell(1, 1)}}))
+    with pytest.raises(ConfigError, match="holds no steps with and without ping-pong"):
+        cost_of_turns(steps)
+
+
 def test_wrong_files_and_options_are_refused(tmp_path: Path) -> None:
     bad = tmp_path / "bad.json"
     bad.write_text('{"results": {}}')
@@ -121,3 +141,35 @@ def test_a_layer_is_timed_forward_and_backward() -> None:
     found = measure(TINY, 4, 64, "cpu", 0.001)
     assert found.forward_s > 0
     assert found.backward_s > 0
+
+
+def test_plans_are_counted_beside_the_published_planner(tmp_path: Path) -> None:
+    file = tmp_path / "plans.json"
+    arguments = ["--json", str(file), "--distributions", "prolong512k", "--ranks", "8", "--seeds", "2", "--repeats", "1"]
+    done = CliRunner().invoke(cad_plans.app, arguments, catch_exceptions=False)
+    assert done.exit_code == 0, done.output
+    assert "| prolong512k | 8 | 1.0" in done.output
+    found = json.loads(file.read_text())["results"]
+    assert set(found) == {"prolong512k|8|0", "prolong512k|8|1"}
+    for cell in found.values():
+        assert cad_plans.keeps(cell, 0.02)
+        for change in ({"imbalance": 1.03}, {"memory_cap": "exceeded"}, {"worst_received_bytes": 1 << 60}):
+            assert not cad_plans.keeps({**cell, **change}, 0.02)
+    with pytest.raises(ConfigError, match="--ranks has 12: a sequence is on 8 ranks"):
+        CliRunner().invoke(cad_plans.app, ["--json", str(file), "--ranks", "12"], catch_exceptions=False)
+
+
+def test_slow_links_are_hidden_by_turns(tmp_path: Path) -> None:
+    """At 50 GB/s between any two ranks: a third or less of what one nano-batch exposes, and less than 5 % of the step taken."""
+    file = tmp_path / "links.json"
+    arguments = ["--json", str(file), "--ranks", "8", "--tokens", "65536", "--mixes", "wlb"]
+    done = CliRunner().invoke(cad_links.app, arguments, catch_exceptions=False)
+    assert done.exit_code == 0, done.output
+    for key, cell in json.loads(file.read_text())["results"].items():
+        assert f"| {key.split('|')[0]} | 65,536 | 8 | 50 |" in done.output
+        assert cell["one_exposed_seconds"] <= cell["contiguous_exposed_seconds"]
+        assert cell["two_exposed_seconds"] <= cell["one_exposed_seconds"] / 3
+        assert cell["best_seconds"] <= min(cell["one_seconds"], cell["two_seconds"], cell["other_seconds"])
+        assert cell["best_exposed_seconds"] <= 0.05 * cell["best_seconds"]
+    with pytest.raises(ConfigError, match="--gb-per-second must be positive, got 0"):
+        CliRunner().invoke(cad_links.app, ["--json", str(file), "--gb-per-second", "0"], catch_exceptions=False)

@@ -22,7 +22,7 @@ from distattn.bench.disaggregation_cases import (
     make_engine,
     make_lengths,
 )
-from distattn.bench.disaggregation_report import best_wlb, exposed, imbalance, plot, speedups, table
+from distattn.bench.disaggregation_report import best_other, best_wlb, exposed, imbalance, plot, speedups, table
 from distattn.errors import ConfigError
 from distattn.mask import Mask
 from distattn.parallel.layout import area_per_rank
@@ -75,7 +75,7 @@ def test_options_that_are_wrong_are_named() -> None:
     for arguments, message in (
         (("1", "", "", 2), "--tokens is '1'"),
         (("64", "even", "", 2), "unknown mix 'even': choose from uniform, wlb, "),
-        (("64", "", "magic", 2), "--engines has 'magic': for 2 ranks choose from disaggregated_ping_pong, "),
+        (("64", "", "magic", 2), "--engines has 'magic': for 2 ranks choose from auto, disaggregated_ping_pong, "),
     ):
         with pytest.raises(ConfigError, match=message):
             choose_cells(*arguments)
@@ -103,7 +103,11 @@ def test_the_table_compares_slowest_ranks(tmp_path: Path) -> None:
     assert speedups(cells, "64|giant") == {"disaggregated": 1.5, "wlb_cp1": 4.0, "wlb_cp2": 2.5}
     assert best_wlb(cells, "64|giant") == "wlb_cp2"
     text = table(cells)
-    assert text.splitlines()[-1].endswith("step time over that of disaggregated_ping_pong: disaggregated 1.50, wlb_cp2 2.50")
+    assert "64 giant: step time over that of disaggregated_ping_pong: disaggregated 1.500, wlb_cp2 2.500" in text
+    assert text.splitlines()[-1] == "    the best without disaggregation: wlb_cp2 2.500"
+    faster = {**cells, "64|giant|auto": {**cell(1.5, (1.5, 1.5)), "chosen": "ring on zigzag"}}
+    assert best_other(faster, "64|giant") == ("wlb_cp2", pytest.approx(10 / 3))
+    assert table(faster).splitlines()[-1] == "    auto took ring on zigzag"
     assert "too long" in text
     assert "WRONG" in text
     plot(cells, {"ranks": 2, "device": "cpu", "layers": 2, "shape": "tiny"}, tmp_path / "steps.png")
@@ -123,7 +127,10 @@ def test_a_run_on_two_ranks_measures_and_checks(tmp_path: Path, capsys: pytest.C
     assert [key.split("|")[2] for key in cells] == engine_names(2)
     assert max(found["error"] for found in cells.values()) < 1e-4
     for name, found in cells.items():
-        assert (max(found["bytes_sent"]) > 0) == (name.split("|")[2] not in ("data_parallel", "wlb_cp1")), name
+        engine = name.split("|")[2]
+        if engine != "auto":  # which may choose to send nothing
+            assert (max(found["bytes_sent"]) > 0) == (engine not in ("data_parallel", "wlb_cp1")), name
+    assert cells["96|long_and_short|auto"]["chosen"].count(" on ") in (1, 2)
     kept, sent_again = (max(cells[f"96|long_and_short|disaggregated_ping_pong{x}"]["bytes_sent"]) for x in ("_keep", ""))
     assert kept < sent_again
     with pytest.raises(SystemExit, match="0"):

@@ -20,6 +20,7 @@ from distattn.parallel.disaggregation.caps import Caps
 from distattn.parallel.disaggregation.tasks import band_pairs, home_tasks
 from distattn.parallel.layout import Layout
 from distattn.parallel.program import ATTEND_Q, SLOT_RANK
+from distattn.parallel.schedulers.auto import choose_layout
 from distattn.parallel.schedulers.disaggregated import DisaggregatedOptions, assign, kv_row_bytes, plan
 from distattn.parallel.verify import verify
 from tests.parallel.cases import random_layout, random_mask
@@ -27,6 +28,8 @@ from tests.parallel.cases import random_layout, random_mask
 SEQUENCE = 1 << 20
 RANK_ROWS = 131_072
 HEADS, KV_HEADS = 32, 8
+CAPS = Caps(2.0, 4 * 129 * 4 / 512, 2.0 + 4 * 129 * 4 / 512)
+"""One query row of four heads, in bf16 there and in fp32 with its LSE back, over a row of K and V."""
 
 
 def packed(distribution: str, ranks: int, seed: int = 0) -> tuple[Mask, Layout]:
@@ -105,6 +108,69 @@ def test_real_lengths_are_balanced_with_fewer_bytes_than_the_published_planner(d
         if planner == "boxes":
             assert cost.imbalance <= 1.0201
     assert received["boxes"] <= received["greedy"]
+
+
+@pytest.mark.parametrize(("ranks", "seeds"), [(8, 5), (64, 3), (256, 2)])
+@pytest.mark.parametrize("distribution", ["prolong512k", "wlb", "prolong"])
+def test_no_rank_receives_more_than_under_the_published_planner(distribution: str, ranks: int, seeds: int) -> None:
+    """Several draws, without a program; the next test shows that this counts what the program moves."""
+    for seed in range(seeds):
+        mask, layout = packed(distribution, ranks, 1000 * (seed + 1))
+        worst = {}
+        for planner in ("boxes", "greedy"):
+            found = assign(mask, layout, HEADS, KV_HEADS, DisaggregatedOptions(tolerance=0.02, planner=planner))
+            worst[planner] = received(task_table(found), layout, KV_HEADS, CAPS).max()
+            assert planner == "greedy" or found.imbalance <= 1.0201
+        assert worst["boxes"] <= worst["greedy"], seed
+
+
+def test_a_rank_that_fetches_much_already_takes_no_more() -> None:
+    """This draw's emptiest rank once took tasks of so many documents that it received 0.99 times the published worst."""
+    mask, layout = packed("prolong512k", 256, 6000)
+    options = DisaggregatedOptions(tolerance=0.02)
+    worst = [
+        received(task_table(assign(mask, layout, HEADS, KV_HEADS, replace(options, planner=x))), layout, KV_HEADS, CAPS).max()
+        for x in ("boxes", "greedy")
+    ]
+    assert worst[0] <= 0.9 * worst[1]
+
+
+@pytest.mark.parametrize(
+    ("lengths", "chosen"),
+    [
+        ([1024] * 16, "contiguous"),  # nothing travels
+        ([16384], "zigzag"),  # nothing moves
+        ([8192, *[512] * 16], "per_document_zigzag"),  # the long document alone is cut
+    ],
+)
+def test_rows_lie_where_balancing_them_sends_least(lengths: list[int], chosen: str) -> None:
+    mask = Mask.documents(lengths)
+    placed = choose_layout(mask, 4, "disaggregated", heads=HEADS, kv_heads=KV_HEADS)
+    assert placed.layout.name == chosen
+    assert "over the least of all layouts that keep the tolerance" in placed.reason
+    worst = {}
+    for layout in (placed.layout, Layout.contiguous(sum(lengths), 4)):
+        program = plan(mask, layout, HEADS, KV_HEADS)
+        assert verify(program, mask).area == mask.area
+        cost = count(program, mask, Shape(128, 128))
+        assert cost.imbalance <= 1.0501
+        worst[layout.name] = int(cost.bytes_received_per_rank.max())
+    assert worst[chosen] == min(worst.values())
+    assert (worst[chosen] == 0) == (chosen == "contiguous")
+
+
+def test_rows_stay_contiguous_where_other_layouts_are_not_looked_at() -> None:
+    """With caps, pools or the greedy planner; and dedicated servers hold none."""
+    mask = Mask.causal(4096)
+    for options in (
+        DisaggregatedOptions(pool=2, ranks_per_node=2),
+        DisaggregatedOptions(receive_bytes=1e12),
+        DisaggregatedOptions(planner="greedy"),
+    ):
+        placed = choose_layout(mask, 4, "disaggregated", heads=HEADS, kv_heads=KV_HEADS, options=options)
+        assert placed.layout.name == "contiguous", options
+    served = choose_layout(mask, 4, "disaggregated", heads=HEADS, options=DisaggregatedOptions(servers=1))
+    assert served.layout.counts.tolist()[-1] == 0
 
 
 def test_local_work_of_rows_that_other_tasks_share_is_left_out_of_the_one_box() -> None:
@@ -208,9 +274,7 @@ def test_what_ranks_receive_is_known_before_there_is_a_program(servers: int) -> 
     mask, layout = Mask.documents(draw("wlb", 1 << 18, 0)), Layout.contiguous(1 << 18, 16)
     options = DisaggregatedOptions(tolerance=0.02, servers=servers)
     tasks = task_table(assign(mask, layout, HEADS, KV_HEADS, options))
-    group, unit = HEADS // KV_HEADS, kv_row_bytes(options)
-    query_in, query_out = group * 128 * 2 / unit, group * 129 * 4 / unit
-    found = received(tasks, layout, KV_HEADS, Caps(query_in, query_out, query_in + query_out)) * unit
+    found = received(tasks, layout, KV_HEADS, CAPS) * kv_row_bytes(options)
     counted = count(assemble(tasks, layout, HEADS, KV_HEADS), mask, Shape(128, 128)).bytes_received_per_rank
     computes = np.unique(tasks.server)
     assert len(computes) == (servers or 16)

@@ -24,18 +24,18 @@ Losses = list[float]
 Parameters = dict[str, np.ndarray]
 
 
-def train(rank: int, config: Config) -> tuple[Losses, Parameters, list[float | None]]:
+def train(rank: int, config: Config, device: str = "cpu") -> tuple[Losses, Parameters, list[float | None]]:
     """Train to the end in this process; every step's loss, the final parameters whole, and the loss by position."""
     run = RunDir(config.run.dir)
     run.create()
-    mesh = build_mesh(config.parallel.data, config.parallel.context, rank, torch.device("cpu"))
+    mesh = build_mesh(config.parallel.data, config.parallel.context, rank, torch.device(device))
     trainer = Trainer(config, run, mesh, open_cache(config.data), StopRequest())
     assert trainer.run()
     whole: Parameters = {}
     for name, tensor in trainer.engine.state().items():
         if name.startswith("model."):
             full = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
-            whole[name] = full.detach().numpy().copy()
+            whole[name] = full.detach().cpu().numpy().copy()
     by_position = [] if trainer.evaluations is None else trainer.evaluations.records[-1]["position_loss"]
     return [line["loss"] for line in run.read_metrics()], whole, by_position
 

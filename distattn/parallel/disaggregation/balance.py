@@ -28,6 +28,10 @@ _RELIEVED = 4
 _LAUNCH_ROWS = 64
 """What a move costs besides its bytes, in rows of K and V of all heads: tiny tasks are not worth a message."""
 
+_CROWDED = 1.25
+"""A rank takes no more work once it fetches this many times the keys of the rank that fetches most for its own rows, as long
+as another can take it: the busiest link is then one that no plan spares, or the way back of a long document's results."""
+
 
 @dataclass(frozen=True)
 class Limits:
@@ -87,6 +91,8 @@ class _Ranks:
         self.opened: list[list[tuple[int, int, Task]]] = [[] for _ in range(num_ranks)]
         self.sequence = 0
         self.residency = Residency(layout, home.kv_heads)
+        # Key rows that came for each rank's tasks; those of tasks that moved on stay counted.
+        self.arrived = np.zeros(num_ranks)
         self._fetch_home_needs()
         order = np.argsort(layout.ranges[:, 0], kind="stable")
         self.range_starts: list[int] = layout.ranges[order, 0].tolist()
@@ -108,7 +114,19 @@ class _Ranks:
         for rank, k0, k1 in zip(
             home.home[remote].tolist(), home.box[remote, 2].tolist(), home.box[remote, 3].tolist(), strict=True
         ):
+            self.arrived[rank] += self.residency.missing(rank, k0, k1, 0, home.kv_heads)
             self.residency.fetch(rank, k0, k1, 0, home.kv_heads)
+
+    def adopt(self, start: Assignment) -> None:
+        """Take over what another planner placed."""
+        self.stays = start.stays.copy()
+        for server, task in start.placed:
+            self.put(server, task)
+            self.arrived[server] += self.residency.missing(server, task.k0, task.k1, task.g0, task.g1)
+            self.residency.fetch(server, task.k0, task.k1, task.g0, task.g1)
+        self.work = start.work.copy()
+        self.load[:] = _ratio(self.work, self.share)
+        self.enter(self.pool)
 
     def costliest(self, rank: int, count: int) -> list[tuple[int, int, Task]]:
         """The rank's costliest tasks, first is greatest; opens as many of the home's as may be among them."""
@@ -142,14 +160,23 @@ class _Ranks:
         return self.range_ranks[bisect_right(self.range_starts, task.k0) - 1 : bisect_left(self.range_starts, task.k1)]
 
 
-def balance(home: HomeTasks, layout: Layout, share: np.ndarray, limits: Limits, pools: np.ndarray | None = None) -> Assignment:
+def balance(
+    home: HomeTasks,
+    layout: Layout,
+    share: np.ndarray,
+    limits: Limits,
+    pools: np.ndarray | None = None,
+    start: Assignment | None = None,
+) -> Assignment:
     """Move work until no rank exceeds (1 + tolerance) × its share, nor a cap.
 
     share: float64 [P], work that each rank should do, summing to that of its pool; 0 for a rank that computes nothing.
-    pools: int64 [P], the pool of each rank, which no work leaves; None: one. Stops also when no move helps, or at a bound on
-    their number: ``stopped_by`` says which.
+    pools: int64 [P], the pool of each rank, which no work leaves; None: one. start: another planner's, to be finished. Stops
+    also when no move helps, or at a bound on their number: ``stopped_by`` says which.
     """
     ranks = _Ranks(home, layout, share)
+    if start is not None:
+        ranks.adopt(start)
     groups = [ranks.pool] if pools is None else [pools == pool for pool in range(int(pools.max()) + 1)]
     moves = 0
     for pool in groups:
@@ -170,6 +197,7 @@ def balance(home: HomeTasks, layout: Layout, share: np.ndarray, limits: Limits, 
 def _settle(ranks: _Ranks, limits: Limits, usage: Usage | None) -> tuple[int, str]:
     """Move work within the pool that the ranks are in; (moves, what ended it)."""
     stuck = ~ranks.pool
+    crowded = _CROWDED * float(ranks.arrived.max(initial=0.0)) or math.inf
     live_load = np.where(ranks.pool, ranks.load, -1.0)
     stopped_by, moves, last = "balanced", 0, limits.max_moves_per_rank * int(ranks.pool.sum())
     while moves < last:
@@ -177,7 +205,7 @@ def _settle(ranks: _Ranks, limits: Limits, usage: Usage | None) -> tuple[int, st
         if usage is not None:
             usage.refused = ""
         if live_load[donor] > 1 + limits.tolerance:
-            move = _best_move(ranks, donor, limits, usage)
+            move = _best_move(ranks, donor, limits, usage, crowded) or _best_move(ranks, donor, limits, usage, math.inf)
         elif usage is not None:
             donor, excess = usage.worst(stuck)
             if excess <= 1:
@@ -247,11 +275,15 @@ def _ratio(work: np.ndarray, share: np.ndarray) -> np.ndarray:
 Entry = tuple[int, int, Task]
 
 
-def _best_move(ranks: _Ranks, donor: int, limits: Limits, usage: Usage | None) -> tuple[int, Entry, Task] | None:
-    """(receiver, the donor's task, the part of it that moves): the fewest bytes per unit of work."""
+def _best_move(
+    ranks: _Ranks, donor: int, limits: Limits, usage: Usage | None, crowded: float
+) -> tuple[int, Entry, Task] | None:
+    """(receiver, the donor's task, the part of it that moves): the fewest bytes per unit of work. crowded: key rows beyond
+    which a rank receives no more."""
     work, share = ranks.work, ranks.share
     excess = float(work[donor] - share[donor])
-    load = ranks.receiver_load
+    arrived = ranks.arrived
+    load = np.where(arrived < crowded, ranks.receiver_load, np.inf)
     lowest = int(load.argmin())
     room = {lowest: (1 + limits.tolerance / 2) * float(share[lowest]) - float(work[lowest])}
     launch, return_cost = (
@@ -282,7 +314,11 @@ def _best_move(ranks: _Ranks, donor: int, limits: Limits, usage: Usage | None) -
                     continue
                 missing = ranks.residency.missing(receiver, k0, k1, g0, g1)
                 score = (cost + missing) / amount
-                if score < best_score and (usage is None or usage.allows(receiver, task.home, rows, missing)):
+                if (
+                    score < best_score
+                    and arrived[receiver] + missing < crowded
+                    and (usage is None or usage.allows(receiver, task.home, rows, missing))
+                ):
                     best, best_score = (receiver, entry, box), score
     if best is None:
         return None
@@ -399,6 +435,7 @@ def _apply(ranks: _Ranks, donor: int, receiver: int, entry: Entry, part: Task, u
         if left is not None:
             ranks.put(donor, left)
     ranks.put(receiver, part)
+    ranks.arrived[receiver] += ranks.residency.missing(receiver, part.k0, part.k1, part.g0, part.g1)
     ranks.residency.fetch(receiver, part.k0, part.k1, part.g0, part.g1)
     ranks.change_work(donor, -part.work)
     ranks.change_work(receiver, part.work)

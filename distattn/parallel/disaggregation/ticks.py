@@ -1,4 +1,4 @@
-"""Ping-pong of two nano-batches, tick by tick: one computes while the other's data travel.
+"""Ping-pong of two nano-batches, tick by tick: one computes while the other's data travel; and what one alone takes.
 
     tick      computes        travels
     4l        CI(0)           O(1) of layer l − 1
@@ -12,13 +12,13 @@ transfers one tick earlier. Ranks of a pool end each tick together.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
 from distattn.parallel.cost import Shape, move_bytes
 from distattn.parallel.hardware import Hardware
-from distattn.parallel.program import MOVE_DST, MOVE_KIND, MOVE_SRC, Q_OUT, SLOT_RANK, Program
+from distattn.parallel.program import KV_IN, MOVE_DST, MOVE_KIND, MOVE_SRC, Q_IN, SLOT_RANK, Program
 from distattn.parallel.simulate import Prediction
 
 INPUTS, RESULTS = "QKV", "O"
@@ -60,13 +60,14 @@ class Tick:
 
 
 def nano_times(program: Program, prediction: Prediction, linear_seconds: np.ndarray) -> NanoTimes:
-    """The times of a nano-batch whose attention is ``program``, forward. linear_seconds: of each rank's rows, float64 [P]."""
+    """The times of a nano-batch whose attention, or its backward, is ``program``. linear_seconds: of each rank's rows in this
+    direction, float64 [P]."""
     line = prediction.timeline
     attention = (line.done - line.go[:, :-1]).sum(1)
-    kind = program.moves[:, MOVE_KIND]
-    inputs, results = (
-        travel_seconds(program, prediction.shape, prediction.hardware, chosen) for chosen in (kind != Q_OUT, kind == Q_OUT)
-    )
+    arrives = np.isin(program.moves[:, MOVE_KIND], (Q_IN, KV_IN))
+    into, out_of = (travel_seconds(program, prediction.shape, prediction.hardware, chosen) for chosen in (arrives, ~arrives))
+    # Reversed, results' gradients come first: they are what the backward's attention waits for.
+    inputs, results = (out_of, into) if program.backward else (into, out_of)
     return NanoTimes(linear_seconds, attention, inputs, results)
 
 
@@ -114,3 +115,44 @@ def ping_pong(nanos: tuple[NanoTimes, NanoTimes], layers: int, *, backward: bool
         ticks.append(Tick(f"{phase}({i})", travels, compute, travel, now, now + length))
         now += length
     return ticks
+
+
+@dataclass(frozen=True, eq=False)
+class Half:
+    """One nano-batch of a stream, or all of it: its attention forward and backward, and the rows that are its own.
+
+    rows: int64 [P], of each rank, those that are computed outside attention; joined: int64 [P], rows of q, k and v that are
+    put together for its attention with those of the half before; 0 where nothing is carried.
+    """
+
+    programs: tuple[Program, Program] = field(repr=False)
+    predictions: tuple[Prediction, Prediction] = field(repr=False)
+    rows: np.ndarray = field(repr=False)
+    joined: np.ndarray = field(repr=False)
+
+    def times(self, flops_per_token: float, *, backward: bool) -> NanoTimes:
+        """flops_per_token: of a layer outside attention, forward; they run at the rate of the attention kernels."""
+        prediction = self.predictions[backward]
+        hardware, shape = prediction.hardware, prediction.shape
+        linear = (1 + backward) * flops_per_token * self.rows / hardware.flops_per_second(backward=False)
+        found = nano_times(self.programs[backward], prediction, linear)
+        features = self.programs[0].heads * shape.head_dim + self.programs[0].kv_heads * (shape.head_dim + shape.value_dim)
+        copied = 2 * self.joined * features * shape.input_bytes / (hardware.copy_gb_per_second * 1e9)
+        return replace(found, attention=found.attention + copied)
+
+
+def alone_seconds(whole: Half, flops_per_token: float, layers: int) -> float:
+    """Forward and backward of so many layers by one nano-batch, whose attention hides what it can of its transfers."""
+    linear = sum(float(whole.times(flops_per_token, backward=back).linear.max()) for back in (False, True))
+    device = linear + sum(prediction.seconds for prediction in whole.predictions)
+    return layers * max(device, sum(prediction.host_seconds for prediction in whole.predictions))
+
+
+def turns_seconds(halves: tuple[Half, Half], flops_per_token: float, layers: int) -> float:
+    """The same by two nano-batches in turns, the exposed transfers of the first and the last tick included."""
+    device = 0.0
+    for back in (False, True):
+        first, second = (half.times(flops_per_token, backward=back) for half in halves)
+        device += ping_pong((first, second), layers, backward=back)[-1].end
+    host = layers * sum(prediction.host_seconds for half in halves for prediction in half.predictions)
+    return max(device, host)

@@ -5,13 +5,15 @@ A new one is a file with a ``plan`` function and an options dataclass, and a lin
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
 from distattn.errors import PlanError
+from distattn.mask import Mask
+from distattn.parallel.layout import Layout
 from distattn.parallel.program import Program
 from distattn.parallel.schedulers import all_gather, disaggregated, double_ring, ring, ulysses, usp
 
@@ -28,6 +30,10 @@ def _no_servers(options: Any) -> int:
     return 0
 
 
+def _no_home(mask: Mask, layouts: Iterable[Layout], heads: int, kv_heads: int, options: Any) -> tuple[Layout, str] | None:
+    return None
+
+
 @dataclass(frozen=True)
 class Scheduler:
     """One strategy.
@@ -37,8 +43,9 @@ class Scheduler:
     nodes first. why_not(heads, num_ranks): why it cannot split these heads, or None. groups(options, heads, num_ranks) → int64
     [P]: ranks of one group compute on the same rows, so that the layout has to balance groups only. balances: it evens out
     the ranks' work itself, so that auto needs it only where no layout does. servers(options): last ranks that compute for
-    others only, to which layouts give no rows. certificate(mask, layout, heads, kv_heads, options) → how far the plan is from
-    what no plan can beat, for schedulers that know.
+    others only, to which layouts give no rows. home(mask, layouts, heads, kv_heads, options) → the layout of these with which
+    one that balances sends least, and why, or None for the first. certificate(mask, layout, heads, kv_heads, options) → how far
+    the plan is from what no plan can beat, for schedulers that know.
     """
 
     name: str
@@ -49,6 +56,7 @@ class Scheduler:
     why_not: Callable[[int, int], str | None] = _takes_any_heads
     balances: bool = False
     servers: Callable[[Any], int] = _no_servers
+    home: Callable[..., tuple[Layout, str] | None] = _no_home
     certificate: Callable[..., disaggregated.Certificate] | None = None
 
 
@@ -78,6 +86,7 @@ SCHEDULERS: dict[str, Scheduler] = {
         _all_as_one,
         balances=True,
         servers=_dedicated,
+        home=disaggregated.choose_home,
         certificate=disaggregated.certificate,
     ),
 }

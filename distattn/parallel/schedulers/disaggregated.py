@@ -11,6 +11,7 @@ heads, rows or key ranges of it to ranks that drew short ones. ``servers`` sets 
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -22,6 +23,7 @@ from distattn.parallel.disaggregation.balance import Assignment, Limits, balance
 from distattn.parallel.disaggregation.caps import Caps, Usage
 from distattn.parallel.disaggregation.certificate import Certificate, certify
 from distattn.parallel.disaggregation.greedy import greedy_balance
+from distattn.parallel.disaggregation.homes import least_received
 from distattn.parallel.disaggregation.pools import pools_of
 from distattn.parallel.disaggregation.tasks import HomeTasks, home_tasks
 from distattn.parallel.layout import Layout
@@ -105,15 +107,18 @@ def assign(mask: Mask, layout: Layout, heads: int, kv_heads: int, options: Disag
 
 
 def _least_received(assignment: Assignment, layout: Layout, limits: Limits, pools: np.ndarray | None) -> Assignment:
-    """Of plans with other preferences, and the published planner's, all of which keep the tolerance, the one whose busiest link
-    has the least to carry. The bytes of a plan hang on its first moves: where planning is quick, it pays to try a few."""
+    """Of plans with other preferences, and the published planner's, finished by ours where it misses the tolerance, the one
+    whose busiest link has the least to carry. The bytes of a plan hang on its first moves: where planning is quick, it pays to
+    try a few."""
     home, share = assignment.home, assignment.share
     found = [assignment]
     for costliest, return_weight in _PREFERENCES:
         other = replace(limits, costliest=costliest, return_weight=return_weight)
         found.append(balance(home, layout, share, other, pools))
     if pools is None and (share > 0).all():
-        found.append(greedy_balance(home, share, limits))
+        published = greedy_balance(home, share, limits)
+        kept = published.imbalance <= 1 + limits.tolerance
+        found.append(published if kept else balance(home, layout, share, limits, start=published))
     bound = max(assignment.imbalance, 1 + limits.tolerance)
     kept = [x for x in found if x.imbalance <= bound]
     worst = [float(received(task_table(x), layout, home.kv_heads, limits.caps).max()) for x in kept]
@@ -182,6 +187,29 @@ def _check_caps(assignment: Assignment, usage: Usage, options: DisaggregatedOpti
                 f"no assignment found that keeps {name}={cap:.0f}: rank {worst} would need {used[worst] * unit:.0f}{others}; "
                 "raise the cap or the tolerance, or use more ranks"
             )
+
+
+def choose_home(
+    mask: Mask, layouts: Iterable[Layout], heads: int, kv_heads: int, options: DisaggregatedOptions
+) -> tuple[Layout, str] | None:
+    """Of these layouts, the first of which tasks may leave, the one whose busiest rank receives least, with the reason; None
+    where the first is all there is: with caps, pools or the greedy planner, which are about where tasks go, and beyond
+    64 ranks, where other layouts cut documents into crumbs."""
+    layouts = list(layouts)
+    num_ranks = layouts[0].num_ranks
+    caps = _caps(options, heads // kv_heads)
+    if num_ranks > _FEW_RANKS or caps.bind or options.pool or options.planner == "greedy" or not mask.area:
+        return None
+    speeds = _speeds(options, num_ranks)
+    return least_received(
+        mask,
+        layouts,
+        kv_heads,
+        share=speeds / speeds.sum(),
+        tolerance=options.tolerance,
+        caps=caps,
+        assign=lambda layout: assign(mask, layout, heads, kv_heads, options),
+    )
 
 
 def variants(heads: int, kv_heads: int, num_ranks: int, ranks_per_node: int) -> list[DisaggregatedOptions]:
