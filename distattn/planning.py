@@ -116,8 +116,9 @@ class Plan:
 
     @cached_property
     def only_tiles(self) -> np.ndarray | None:
-        """The tiles of a pass that is one kernel call over this rank's own q, k and v; None where there is more to it."""
-        if self.num_ranks > 1:
+        """The tiles of a pass that is one kernel call over this rank's own q, k and v, forward and backward, as on one rank or
+        where documents stay whole; None where there is more to it."""
+        if self.num_ranks > 1 and (len(self.program.moves) or len(self.backward_program.moves)):
             return None
         groups = [group for step in self.lowered.steps for group in step.groups]
         if len(groups) != 1 or (groups[0].q_arena, groups[0].kv_arena) != (HOME_Q, HOME_KV):
@@ -418,7 +419,7 @@ def _schedule(r: _Request, hardware: Hardware) -> tuple[str, Any, Layout, Progra
     options = r.options or default_options(r.strategy, r.heads, r.kv_heads, r.num_ranks, hardware)
     layout, why = r.layout, given
     if layout is None:
-        placed = choose_layout(r.mask, r.num_ranks, r.strategy, heads=r.heads, options=options)
+        placed = choose_layout(r.mask, r.num_ranks, r.strategy, heads=r.heads, kv_heads=r.kv_heads, options=options)
         layout, why = placed.layout, placed.reason
     program = find_scheduler(r.strategy).plan(r.mask, layout, r.heads, r.kv_heads, options, key_layout)
     degrees = describe_degrees(r.strategy, options, r.heads, r.num_ranks)

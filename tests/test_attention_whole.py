@@ -1,7 +1,8 @@
-"""One rank, one kernel call: attention() then passes a backend's own result on, without a carry. Plan only."""
+"""A pass that is one kernel call on its rank: attention() then passes a backend's own result on, without a carry. Plan only."""
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -10,9 +11,12 @@ import torch
 from torch import Tensor
 
 import distattn
+from distattn import planning
 from distattn.kernels import BACKENDS
 from distattn.kernels.merge import empty_carry, finish
 from distattn.kernels.softmax import ReferenceBackend
+from distattn.parallel.layout import Layout
+from distattn.parallel.schedulers import ring
 
 CALLS: list[str] = []
 
@@ -76,6 +80,33 @@ def test_the_result_is_that_of_a_carry(name: str, softcap: float | None, return_
     for x, y in zip(got, results(MASKS[name], "reference", return_lse, softcap)):
         assert x.is_contiguous()
         torch.testing.assert_close(x, y, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize(("lengths", "whole"), [([28, 29], True), ([30, 27], False)])
+def test_a_rank_whose_documents_are_all_at_home_needs_no_carry(lengths: list[int], whole: bool) -> None:
+    mask, layout = distattn.Mask.documents(lengths), Layout.contiguous(57, 2)
+    alone = distattn.plan(mask, heads=4, kv_heads=2, head_dim=8, kernel="whole_reference")
+    program = ring.plan(mask, layout, 4, 2)
+    for rank in range(2):
+        made = replace(alone, layout=layout, program=program, rank=rank, handle=10**6 + rank)
+        assert (made.only_tiles is not None) == whole, "a document over both ranks has keys to send"
+        if not whole:
+            continue
+        planning._plans[made.handle] = made
+        generator = torch.Generator().manual_seed(0)
+        shapes = [(1, 57, heads, 8) for heads in (4, 2, 2)]
+        inputs = [torch.randn(s, generator=generator, dtype=torch.float64) for s in shapes]
+        found = []
+        for used, rows in ((made, made.positions), (alone, torch.arange(57))):
+            q, k, v = (x[:, rows].requires_grad_() for x in inputs)
+            out = distattn.attention(q, k, v, used)
+            assert isinstance(out, Tensor)
+            grads = torch.autograd.grad(out, (q, k, v), inputs[0][:, rows])
+            here = slice(None) if used is made else made.positions
+            found.append([x[:, here] for x in (out, *grads)])
+        for x, y in zip(*found):
+            torch.testing.assert_close(x, y, rtol=1e-12, atol=1e-12)
+    assert (["forward", "backward"] * 4 if whole else []) == CALLS
 
 
 def test_a_mask_that_allows_nothing_takes_no_call() -> None:

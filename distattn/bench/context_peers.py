@@ -22,7 +22,9 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from distattn.bench.context_cases import Case
+from distattn.bench.lengths import draw
 from distattn.bench.masks import WINDOW
+from distattn.bench.predicates import Documents, Predicate, predicate
 from distattn.mask import Mask
 
 MAX_DENSE_TOKENS = 32768
@@ -140,11 +142,22 @@ def torch_flex(case: Case, mask: Mask, ranks: Ranks, *, balance: str) -> Engine:
     else:
         balancer = balancers._HeadTailLoadBalancer(case.tokens, ranks.num_ranks, ranks.device)
     order = balancer._generate_indices(restore=False)
-    local = create_mask(block_mask.mask_mod, 1, 1, case.tokens, case.tokens, ranks.mesh, balancer)
+    local = create_mask(flex_predicate(case, ranks.device.type), 1, 1, case.tokens, case.tokens, ranks.mesh, balancer)
     module = _FlexModule()
     module = cp._ContextParallel(seq_dim=2, attention_type=cp._ContextParallel.AttentionType.FLEX)._apply(module, ranks.mesh)
     call = partial(module, block_mask=local, enable_gqa=case.heads != case.kv_heads)
     return Engine(ranks.shard(order[0]), True, call, {"layout": balance}, torch._dynamo.reset)
+
+
+def flex_predicate(case: Case, device: str) -> Predicate:
+    """The mask as a user of FlexAttention writes it: ``mask_mod(b, h, q_idx, kv_idx)``."""
+    if case.window is not None:
+        window = case.window
+        return lambda b, h, i, j: (i >= j) & (i - j <= window)
+    if case.lengths is not None:
+        owner = Documents.make(draw(case.lengths, case.tokens, case.seed), device).of
+        return lambda b, h, i, j: (owner[i] == owner[j]) & (i >= j)
+    return predicate(case.mask, case.tokens, case.seed, device) or (lambda b, h, i, j: i >= 0)
 
 
 class _FlexModule(torch.nn.Module):

@@ -68,11 +68,23 @@ def predict_case(
 
 
 def predict_program(
-    program: Program, case: Case, mask: Mask, hardware: Hardware, prices: Prices = (None, None), *, keep: bool = False
+    program: Program,
+    case: Case,
+    mask: Mask,
+    hardware: Hardware,
+    prices: Prices = (None, None),
+    *,
+    keep: bool = False,
+    kernel: str | None = None,
 ) -> Predicted:
-    """A forward program, and the backward that follows from it. keep: received keys and values are kept for it."""
+    """A forward program, and the backward that follows from it. keep: received keys and values are kept for it. kernel: the
+    backend, or those of both directions, joined by a plus; None: the fastest."""
     backward = derive_backward(program, keep=keep, ranks_per_node=hardware.ranks_per_node)
-    both = (predict(p, mask, hardware, case.head_dim, price=price) for p, price in zip((program, backward), prices))
+    kernels = [None, None] if kernel is None else [kernel.split("+")[i] for i in (0, -1)]
+    both = (
+        predict(p, mask, hardware, case.head_dim, price=price, kernel=name)
+        for p, price, name in zip((program, backward), prices, kernels)
+    )
     return Predicted(program.layout.name, *both)
 
 
@@ -106,13 +118,15 @@ def prices_of(ideal: dict[str, Any], case: Case, mask: Mask, hardware: Hardware)
         seconds = 1e-3 * max(statistics.median(times) for times in ideal[f"{direction}_ms"])
         kernel = str(ideal["details"]["kernel"]).split("+")[-1 if direction == "backward" else 0]
         call_s = 1e-6 * hardware.launch_us
-        pair_s = max(seconds - call_s, 0.0) / (mask.area * case.heads) if mask.area else 0.0
-        found.append(Price(kernel, call_s, row_bytes * case.head_dim / (hardware.copy_gb_per_second * 1e9), pair_s))
+        row_s = row_bytes * case.head_dim / (hardware.copy_gb_per_second * 1e9)
+        rest = max(seconds - call_s - mask.num_queries * case.heads * row_s, 0.0)
+        found.append(Price(kernel, call_s, row_s, rest / (mask.area * case.heads) if mask.area else 0.0))
     return found[0], found[1]
 
 
 def add_predictions(report: Report, cases: list[Case], hardware: Hardware) -> None:
-    """Beside every measured cell of ours, what is predicted for its schedule from the ideal's time and ``hardware``'s links."""
+    """Beside every measured cell of ours, what is predicted for its schedule and kernel from the ideal's time and the links of
+    ``hardware``."""
     ranks = int(report.environment["ranks"])
     for case in cases:
         ideal = report.cell(case.name, IDEAL)
@@ -126,7 +140,9 @@ def add_predictions(report: Report, cases: list[Case], hardware: Hardware) -> No
                 details = cell["details"]
                 program = find_program(details["program"], case, mask, details["strategy"], ranks, hardware)
                 if program is not None:
-                    found = predict_program(program, case, mask, hardware, prices, keep="keep" in engine.split("+"))
+                    found = predict_program(
+                        program, case, mask, hardware, prices, keep="keep" in engine.split("+"), kernel=details["kernel"]
+                    )
                     cell["predicted_ms"] = 1e3 * found.seconds
     report.environment["predicted_for"] = hardware.name
     report.save()

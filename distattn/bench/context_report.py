@@ -234,5 +234,5 @@ def plot(report: Report, path: Path) -> None:
     axes.set_xticks(range(len(cases)), cases, rotation=30, ha="right", fontsize=8)
     axes.set_ylabel("share of one GPU's time ÷ ranks")
     axes.set_title(f"{report.environment['ranks']} × {report.environment['device']}, forward + backward; hatched: peers")
-    axes.legend(fontsize=7, ncols=4)
+    figure.legend(loc="outside lower center", fontsize=7, ncols=4)
     figure.savefig(path, dpi=150)

@@ -28,8 +28,8 @@ class Hardware:
     launch_us: start of the kernels of one stage. copy_gb_per_second: at which a device reads and writes its own memory, for
     merging what arrives; infinite: not counted. kernels: measured rates, which then take the place of tflops and launch_us;
     calibration: their digest, so that ranks can compare what they predict with. needs_out: the backward kernels read the
-    forward's output, which travels where queries do. host_exchange_us, host_message_us, host_call_us: what the host takes to
-    post an exchange, for each Move that it packs for another rank or takes from one, and to start the kernels of a stage;
+    forward's output, which travels where queries do. host_exchange_us, host_message_us, host_launch_us: what the host takes to
+    post an exchange, for each Move that it packs for another rank or takes from one, and to start a kernel or a merge;
     host_ahead_us: how far it is ahead of the device when a call begins, as in the middle of a training step.
     """
 
@@ -45,7 +45,7 @@ class Hardware:
     copy_gb_per_second: float = math.inf
     host_exchange_us: float = 0.0
     host_message_us: float = 0.0
-    host_call_us: float = 0.0
+    host_launch_us: float = 0.0
     host_ahead_us: float = 0.0
     kernels: tuple[KernelRate, ...] = field(default=(), repr=False)
     calibration: str = ""
@@ -59,7 +59,7 @@ class Hardware:
         for rate in rates:
             if not getattr(self, rate) > 0:
                 raise ConfigError(f"hardware {self.name}: {rate} must be positive, got {getattr(self, rate)}")
-        host = ("host_exchange_us", "host_message_us", "host_call_us", "host_ahead_us")
+        host = ("host_exchange_us", "host_message_us", "host_launch_us", "host_ahead_us")
         for time in ("inside_latency_us", "between_latency_us", "launch_us", *host):
             if not getattr(self, time) >= 0:
                 raise ConfigError(f"hardware {self.name}: {time} must not be negative, got {getattr(self, time)}")
@@ -83,8 +83,8 @@ class Hardware:
 # CPU: torch 2.13's flash kernel, fp32, head_dim 64, 2,048 tokens on one core of an AMD EPYC.
 # Links. NVLink 4 and 3 carry 450 and 300 GB/s a direction and GPU, ConnectX-7 and -6 carry 50 and 25 GB/s (NVIDIA's data
 # sheets); taken at 80 % and 90 %. Loopback, latencies and launches are assumptions. The H100's host: fitted to what it took
-# for ring, all_gather, ulysses and travelling queries on two and four of them (benchmarks/results/context-h100-x*.json),
-# with fa4 and NCCL; its head start is 3.3 ms, less 1.4 ms that a call takes whatever it does.
+# beside two H200 and two and four H100 (host_ms in benchmarks/results/context-h*00-*.json), with all kernels and NCCL; its head
+# start is 3.3 ms, less 1.4 ms that a call takes whatever it does.
 _NVLINK_SHARE, _NIC_SHARE = 0.8, 0.9
 _H100 = Hardware(
     name="h100",
@@ -96,9 +96,9 @@ _H100 = Hardware(
     inside_latency_us=10,
     between_latency_us=20,
     launch_us=10,
-    host_exchange_us=100,
+    host_exchange_us=250,
     host_message_us=260,
-    host_call_us=750,
+    host_launch_us=250,
     host_ahead_us=1900,
     needs_out=True,
 )

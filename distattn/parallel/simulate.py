@@ -7,9 +7,10 @@ computes stage t. What is assumed:
   receiver's incoming link until its last byte. A rank has one such pair of links inside its node and one between nodes.
 - A link serves its messages in the order of their posting; those of one posting go round, each rank beginning with its next
   node and its next neighbour, as collectives do, so that an all-to-all does not queue at rank 0.
-- Kernels run at one rate whatever their tiles, and every stage that computes pays one launch; with measured rates they take
-  what ``kernel_time`` says. Transfers cost the kernels nothing. Adding up what arrives takes its bytes three times over the
-  device's memory; packing some of a slot's heads, and placing some of its rows or heads, twice.
+- Kernels run at one rate whatever their tiles, and every stage that computes pays one launch; with measured rates a rank's
+  take what ``tile_time`` says of its tiles, spread over stages as ``kernel_time`` says of its pairs. Transfers cost
+  the kernels nothing. Adding up what arrives takes its bytes three times over the device's memory; packing some of a slot's
+  heads, and placing some of its rows or heads, twice.
 - The host's work counts where it is longer than all the device's.
 """
 
@@ -22,8 +23,8 @@ import numpy as np
 
 from distattn.kernels import BACKENDS
 from distattn.kernels.fresh import gives_input_dtype
-from distattn.parallel import kernel_time
-from distattn.parallel.cost import M_BYTES, M_DST, M_DUE, M_ISSUE, M_SRC, Cost, Shape, count, move_bytes
+from distattn.parallel import kernel_time, tile_time
+from distattn.parallel.cost import M_BYTES, M_DST, M_DUE, M_ISSUE, M_SRC, Cost, Shape, attend_areas, count, move_bytes
 from distattn.parallel.csr import segment_starts
 from distattn.parallel.hardware import Hardware
 from distattn.parallel.program import (
@@ -137,29 +138,39 @@ def predict(
     value_dim: int | None = None,
     dtype: str = "bfloat16",
     price: kernel_time.Price | None = None,
+    kernel: str | None = None,
 ) -> Prediction:
     """Count a forward or backward Program's costs and lay them out in time.
 
     value_dim: head_dim where None; dtype: name of the input dtype ("bfloat16", also "torch.bfloat16"). price: what the
-    kernels take on this mask; None: the least by the hardware's rates, if it has any.
+    kernels take on this mask; None: the least by the hardware's rates, if it has any. kernel: the backend that computes;
+    None: the fastest by these rates.
     """
     value_dim = head_dim if value_dim is None else value_dim
-    width = max(head_dim, value_dim)
+    width, given = max(head_dim, value_dim), price is not None
     if price is None:
         group = program.heads // program.kv_heads
         price = kernel_time.price(mask, hardware, program.heads, width, backward=program.backward, group=group)
-    needs_out = hardware.needs_out if price is None else BACKENDS[price.backend].needs_out
-    narrow = hardware.name != "cpu" if price is None else gives_input_dtype(BACKENDS[price.backend])
+    pairs = attend_areas(program, mask)
+    tiles = tile_time.of_program(program, mask, pairs, hardware, head_dim, value_dim, kernel=kernel)
+    backend = None if price is None else BACKENDS[tiles.backend if tiles else price.backend]
+    needs_out = hardware.needs_out if backend is None else backend.needs_out
+    narrow = hardware.name != "cpu" if backend is None else gives_input_dtype(backend)
     shape = Shape(head_dim, value_dim, str(dtype).removeprefix("torch."), needs_out, narrow)
     cost = count(program, mask, shape)
-    rate = hardware.flops_per_second(backward=program.backward)
     if price is None:
+        rate = hardware.flops_per_second(backward=program.backward)
         compute = cost.flops / rate + (cost.flops > 0) * hardware.launch_us * 1e-6
         ideal_seconds = float(cost.flops.sum()) / rate / program.num_ranks
     else:
         compute = kernel_time.stage_seconds(program, mask, cost.attend_area, price)
-        rows = mask.num_queries * program.heads
-        ideal_seconds = (price.call_s + rows * price.row_s + cost.area * price.pair_s) / program.num_ranks
+        whole_seconds = price.call_s + mask.num_queries * program.heads * price.row_s + cost.area * price.pair_s
+        if tiles is not None:
+            whole_seconds, scale = _scale(
+                program, mask, hardware, width, tiles.backend, price if given else None, whole_seconds
+            )
+            compute *= tile_time.factors(tiles.ranks, scale * tiles.seconds, compute.sum(1))[:, None]
+        ideal_seconds = whole_seconds / program.num_ranks
     # What arrives at time t is added, and what leaves then packed, before stage t; the last of it comes after all stages.
     absorb = (3 * cost.absorbed_bytes + 2 * _copied_bytes(program, shape)) / (hardware.copy_gb_per_second * 1e9)
     compute = compute + absorb[:, :-1]
@@ -174,8 +185,25 @@ def predict(
         seconds=line.seconds + float(absorb[:, -1].max()),
         ideal_seconds=ideal_seconds,
         free_links_seconds=free.seconds + float(absorb[:, -1].max()),
-        host_seconds=_host_seconds(program, hardware),
+        host_seconds=_host_seconds(program, hardware, tiles),
     )
+
+
+def _scale(
+    program: Program, mask: Mask, hardware: Hardware, width: int, backend: str, price: kernel_time.Price | None, seconds: float
+) -> tuple[float, float]:
+    """(seconds of one device for the whole mask, by how much more ``backend`` takes than its rates say).
+
+    With a given price the ``seconds`` are known, and say how wrong the rates of its backend are on this mask: of another one
+    they say nothing.
+    """
+    group, kernel = program.heads // program.kv_heads, None if price is None else price.backend
+    whole = tile_time.of_whole(
+        mask, hardware.kernels, kernel, heads=program.heads, group=group, width=width, backward=program.backward
+    )
+    if price is None or whole is None:
+        return float(whole.seconds[0]) if whole else seconds, 1.0
+    return seconds, seconds / float(whole.seconds[0]) if price.backend == backend else 1.0
 
 
 def total_seconds(forward: Prediction, backward: Prediction) -> float:
@@ -199,7 +227,7 @@ def _copied_bytes(program: Program, shape: Shape) -> np.ndarray:
     return out
 
 
-def _host_seconds(program: Program, hardware: Hardware) -> float:
+def _host_seconds(program: Program, hardware: Hardware, tiles: tile_time.TileTime | None) -> float:
     """Of the rank whose host has most to do."""
     moves, slots = program.moves, program.slots
     src, dst = slots[moves[:, MOVE_SRC], SLOT_RANK], slots[moves[:, MOVE_DST], SLOT_RANK]
@@ -207,8 +235,10 @@ def _host_seconds(program: Program, hardware: Hardware) -> float:
     ends = np.bincount(np.concatenate([src, dst[crossing]]), minlength=program.num_ranks)
     exchanges = len(np.unique(moves[crossing][:, [MOVE_ISSUE, MOVE_DUE]], axis=0))
     stages = program.attends[:, ATTEND_STAGE] * program.num_ranks + slots[program.attends[:, ATTEND_Q], SLOT_RANK]
-    calls = np.bincount(np.unique(stages) % program.num_ranks, minlength=program.num_ranks)
-    busiest = float((ends * hardware.host_message_us + calls * hardware.host_call_us).max(initial=0.0))
+    launches = np.bincount(np.unique(stages) % program.num_ranks, minlength=program.num_ranks).astype(float)
+    if tiles is not None:
+        launches = launches * tile_time.factors(tiles.ranks, tiles.launches, launches)
+    busiest = float((ends * hardware.host_message_us + launches * hardware.host_launch_us).max(initial=0.0))
     return 1e-6 * (busiest + exchanges * hardware.host_exchange_us)
 
 

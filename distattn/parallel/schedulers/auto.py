@@ -32,8 +32,12 @@ MIN_CUT = 128
 UNBALANCED = 1.25
 """Busiest rank over the mean from which schedulers that even out work themselves are worth their planning time."""
 
-TIE = 1.005
-"""Candidates within this factor of the least predicted time count as equal: the one that needs the least memory wins."""
+TIE = 1.03
+"""Candidates within this factor of the least predicted time count as equal, which is about how far predictions are off: the one
+that needs the least memory wins, and of those that need as much, the one that keeps the host least busy."""
+
+SAME_MEMORY = 1.01
+"""Within this factor two candidates need as much memory."""
 
 WORTH_OPTIONS = 0.1
 """What other than a scheduler's default options must save: more pieces and travelling queries cost more than is predicted. On
@@ -67,6 +71,7 @@ class Candidate:
     ideal_seconds: float
     exposed_seconds: float
     peak_memory_bytes: int
+    host_seconds: float = 0.0
     usual: bool = True
 
     @property
@@ -120,10 +125,20 @@ def describe_degrees(strategy: str, options: Any, heads: int, num_ranks: int) ->
     return text
 
 
-def choose_layout(mask: Mask, num_ranks: int, strategy: str, *, heads: int | None = None, options: Any = None) -> LayoutChoice:
-    """Contiguous where balance allows, else zigzag, per-document zigzag or balanced: by area, not by the mask's name.
+def choose_layout(
+    mask: Mask,
+    num_ranks: int,
+    strategy: str,
+    *,
+    heads: int | None = None,
+    kv_heads: int | None = None,
+    options: Any = None,
+) -> LayoutChoice:
+    """Contiguous where balance allows, else zigzag, per-document zigzag or balanced: by area, not by the mask's name. For a
+    strategy that balances itself, the one with which it sends least.
 
-    heads (default: as many as ranks), options: of the strategy; they decide which ranks compute on the same rows.
+    heads (default: as many as ranks), kv_heads (default: heads), options: of the strategy; they decide which ranks compute on
+    the same rows, and what travels.
     """
     rows = mask.num_queries
     contiguous = Layout.contiguous(rows, num_ranks)
@@ -136,7 +151,10 @@ def choose_layout(mask: Mask, num_ranks: int, strategy: str, *, heads: int | Non
         return LayoutChoice(contiguous, "one rank holds all rows")
     groups = scheduler.groups(options, heads or num_ranks, num_ranks)
     if not groups.any():
-        return LayoutChoice(contiguous, f"{strategy} balances whatever the layout")
+        sizes = heads or num_ranks, kv_heads or heads or num_ranks
+        square = mask.num_queries == mask.num_keys
+        home = scheduler.home(mask, _layouts(mask, num_ranks, contiguous), *sizes, options) if square else None
+        return LayoutChoice(*(home or (contiguous, f"{strategy} balances whatever the layout")))
     tried = _balance(mask, _layouts(mask, num_ranks, contiguous), groups)
     best = min(imbalance for _, imbalance in tried)
     chosen = next(layout for layout, imbalance in tried if imbalance <= BALANCE_TOLERANCE * best)
@@ -236,22 +254,33 @@ def choose_strategy(
         if scheduler.why_not(heads, num_ranks) or (scheduler.balances and (key_layout or not unbalanced)):
             continue
         for options in scheduler.variants(heads, kv_heads, num_ranks, hardware.ranks_per_node)[:MAX_VARIANTS]:
-            consider(name, options, given or choose_layout(mask, num_ranks, name, heads=heads, options=options))
+            consider(
+                name, options, given or choose_layout(mask, num_ranks, name, heads=heads, kv_heads=kv_heads, options=options)
+            )
     found.sort(key=lambda x: x.seconds)
     if given is None:
         for name, options, placed in _other_layouts(mask, num_ranks, heads, found[:]):
             consider(name, options, placed)
         found.sort(key=lambda x: x.seconds)
-    usual = [x for x in found if x.usual]
-    if usual and found[0].seconds > (1 - WORTH_OPTIONS) * usual[0].seconds:
-        found.insert(0, found.pop(found.index(usual[0])))
-    ties = [x for x in found if x.seconds <= TIE * found[0].seconds and x.usual == found[0].usual]
-    best = min(ties, key=lambda x: x.peak_memory_bytes)
+    best = _best_of(found)
     found.insert(0, found.pop(found.index(best)))
     return StrategyChoice(
         best.strategy, best.placed.layout, best.program, _why(found, hardware), {x.label: x.seconds for x in found},
         best.options, best.placed.reason, candidate_table(found),
     )  # fmt: skip
+
+
+def _best_of(found: list[Candidate]) -> Candidate:
+    """The winner among candidates, the fastest first; of those that are about as fast, the most frugal, then the simplest."""
+    first = found[0]
+    usual = next((x for x in found if x.usual), first)
+    if first.seconds > (1 - WORTH_OPTIONS) * usual.seconds:
+        first = usual
+    ties = [x for x in found if x.seconds <= TIE * first.seconds and x.usual == first.usual]
+    least = SAME_MEMORY * min(x.peak_memory_bytes for x in ties)
+    simplest = list(SCHEDULERS)
+    frugal = [x for x in ties if x.peak_memory_bytes <= least]
+    return min(frugal, key=lambda x: (round(1e6 * x.host_seconds), simplest.index(x.strategy)))
 
 
 def _other_layouts(mask: Mask, num_ranks: int, heads: int, found: list[Candidate]) -> Iterator[tuple[str, Any, LayoutChoice]]:
@@ -288,6 +317,7 @@ def _predicted(
         ideal_seconds=sum(x.ideal_seconds for x in both),
         exposed_seconds=sum(x.exposed_communication_seconds for x in both),
         peak_memory_bytes=max(int(x.cost.peak_memory_bytes_per_rank.max()) for x in both),
+        host_seconds=sum(x.host_seconds for x in both),
     )
 
 
@@ -299,7 +329,7 @@ def _why(found: list[Candidate], hardware: Hardware) -> str:
     if least.usual != best.usual:
         text += f"; {least.label} would save {1 - least.seconds / best.seconds:.1%}, less than the {WORTH_OPTIONS:.0%} to trust"
     elif best.seconds > least.seconds:
-        text += f", least memory of those within {TIE - 1:.1%} of the least time"
+        text += f", least memory, then least work for the host, of those within {TIE - 1:.0%} of the least time"
     other = next((x for x in found if x.strategy != best.strategy), None)
     if other is None:
         return text
