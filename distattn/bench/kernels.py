@@ -38,8 +38,15 @@ MAX_ERROR = {"cuda": 2e-2, "cpu": 1e-4}
 
 CHECKED_ROWS, CHECKED_KEYS = 256, 128
 
+WARM_UP_SECONDS = 0.1
+"""Of warm-ups on a GPU: its clocks fall while a kernel compiles, and the engine that had to compile would seem slower."""
+
 DENSE = "full"
 """The mask whose rate a plan's is set against."""
+
+OURS = ("triton", "hopper")
+FAMILY = "triton or hopper"
+"""Both are written in Triton, the second in Gluon; one forward fits the other's backward."""
 
 _DEFAULTS = {
     "grid": ("8192,32768,131072", "64:8,16:16", "128,64"),
@@ -83,6 +90,7 @@ def main(
         "unit": "TFLOP/s by exact mask area: forward 4·A·head_dim, backward 2.5 times that; A over all query heads",
         "seed": SEED,
         "warm_ups": 2,
+        "seconds_of_warm_ups": WARM_UP_SECONDS,
         "seconds_of_repeats": seconds,
     }
     record = Record(json_path, environment(commit), about)
@@ -120,11 +128,12 @@ def measure(engine: str, cell: Cell, seconds: float, cell_seconds: float) -> dic
 
 def _measured(engine: str, x: Problem, seconds: float) -> dict[str, Any]:
     on_gpu = x.device == "cuda"
+    timed, first_call_s = first_call(engine, x)
     if on_gpu:
         torch.cuda.reset_peak_memory_stats()
-    timed, first_call_s = first_call(engine, x)
     flops = 4 * x.area * x.cell.head_dim
-    forward, backward = (median_ms(call, seconds, x.device) for call in (timed.forward, timed.backward))
+    calls = (timed.forward, timed.backward)
+    forward, backward = (median_ms(call, seconds, x.device, warm_up_seconds=WARM_UP_SECONDS * on_gpu) for call in calls)
     found: dict[str, Any] = {
         "forward_ms": forward,
         "backward_ms": backward,
@@ -182,10 +191,22 @@ def table(results: dict[str, dict[str, Any]], engines: list[str]) -> str:
     for cell in cells:
         texts = [_cell_text(results.get(f"{cell}|{name}")) for name in engines]
         lines.append(f"{cell:42s}" + "".join(f"{text:>13s}" for text in texts))
-    lines += [f"{name} / flex: {text}" for name in engines if name != "flex" and (text := _against_flex(results, cells, name))]
+    compared = results | _family(results, cells)
+    names = [*(name for name in engines if name != "flex"), FAMILY]
+    lines += [f"{name} / flex: {text}" for name in names if (text := _against_flex(compared, cells, name))]
     lines += [text for name in engines for cell in cells if (text := _against_dense(results, cell, name))]
     reasons = {f"{key.split('|')[1]}: {e['not_run']}" for key, e in results.items() if e.get("not_run")}
     return "\n".join([*lines, *(f"n/a {reason}" for reason in sorted(reasons)), "! = wrong result, or failed"])
+
+
+def _family(results: dict[str, dict[str, Any]], cells: list[str]) -> dict[str, dict[str, Any]]:
+    """Cells of what our Triton kernels do together: in each direction the faster of the portable ones and those for Hopper."""
+    found = {}
+    for cell in cells:
+        entries = [e for name in OURS if "forward_ms" in (e := results.get(f"{cell}|{name}", {}))]
+        if len(entries) == len(OURS):
+            found[f"{cell}|{FAMILY}"] = {key: min(e[key] for e in entries) for key in ("forward_ms", "backward_ms")}
+    return found
 
 
 def _cell_text(entry: dict[str, Any] | None) -> str:

@@ -19,15 +19,22 @@ class CellTimeoutError(Exception):
     """A cell took longer than it may."""
 
 
-def median_ms(call: Callable[[], object], seconds: float, device: str) -> float:
-    """Two warm-ups, then at least three repeats and ``seconds`` long; the median in milliseconds."""
-    for _ in range(WARM_UPS):
+def median_ms(call: Callable[[], object], seconds: float, device: str, *, warm_up_seconds: float = 0.0) -> float:
+    """Two warm-ups or more, then at least three repeats and ``seconds`` long; the median in milliseconds.
+
+    warm_up_seconds: the least that the warm-ups take, for a device whose clocks have fallen while something was compiled.
+    On a GPU three repeats are in its queue at once, so that it does not wait for the host between them.
+    """
+    begin = time.perf_counter()
+    warm_ups = 0
+    while warm_ups < WARM_UPS or time.perf_counter() - begin < warm_up_seconds:
         call()
-    synchronize(device)
+        synchronize(device)
+        warm_ups += 1
     times: list[float] = []
     begin = time.perf_counter()
-    while len(times) < MIN_REPEATS or time.perf_counter() - begin < seconds:
-        times.append(_one_ms(call, device))
+    while not times or time.perf_counter() - begin < seconds:
+        times += _three_ms(call, device)
     return statistics.median(times)
 
 
@@ -58,14 +65,20 @@ def limit(seconds: float) -> Iterator[None]:
         signal.signal(signal.SIGALRM, before)
 
 
-def _one_ms(call: Callable[[], object], device: str) -> float:
-    if device == "cuda":
-        start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+def _three_ms(call: Callable[[], object], device: str) -> list[float]:
+    """Times of ``MIN_REPEATS`` calls."""
+    if device != "cuda":
+        return [_one_ms(call) for _ in range(MIN_REPEATS)]
+    events = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(MIN_REPEATS)]
+    for start, stop in events:
         start.record()
         call()
         stop.record()
-        stop.synchronize()
-        return start.elapsed_time(stop)
+    torch.cuda.synchronize()
+    return [start.elapsed_time(stop) for start, stop in events]
+
+
+def _one_ms(call: Callable[[], object]) -> float:
     begin = time.perf_counter()
     call()
     return (time.perf_counter() - begin) * 1e3

@@ -14,7 +14,7 @@ from __future__ import annotations
 import hashlib
 from dataclasses import dataclass
 from functools import cached_property
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -84,12 +84,19 @@ class BlockPlan:
     ) -> BlockPlan:
         """A plan from booleans [b, p, Nq, Nk], for patterns small enough to be written down.
 
-        listed: blocks that attend. full: those among them that are full, default all.
+        listed: blocks that attend. full: those among them that are full, default all. Raises InputError naming the argument.
         """
+        _check_sizes(block_q, block_k)
+        wanted = [-(-num_queries // block_q), -(-num_keys // block_k)]
+        for name, x in (("listed", listed), ("full", listed if full is None else full)):
+            if x.ndim != 4 or list(x.shape[2:]) != wanted or x.shape != listed.shape:
+                raise InputError(
+                    f"{name} must have shape [b, p, {wanted[0]}, {wanted[1]}], one for each pair of blocks, got {list(x.shape)}"
+                )
         full = listed if full is None else full & listed
         lists = [_padded_lists(x) for x in (full, listed & ~full)]
         return BlockPlan.from_lists(
-            *lists[0], *lists[1], num_queries=num_queries, num_keys=num_keys, block_q=block_q, block_k=block_k
+            *lists[0], *lists[1], num_queries=num_queries, num_keys=num_keys, block_q=block_q, block_k=block_k, check=False
         )
 
     @property
@@ -134,6 +141,11 @@ class BlockPlan:
     @cached_property
     def positions(self) -> dict[tuple[object, ...], Tensor]:
         """What backends derive from the lists for a table of tiles, kept as long as the plan."""
+        return {}
+
+    @cached_property
+    def work_lists(self) -> dict[tuple[object, ...], Any]:
+        """Likewise, where a backend makes its work list from the lists."""
         return {}
 
     @cached_property
@@ -197,9 +209,7 @@ class _BlockShape(NamedTuple):
     @staticmethod
     def of(counts: Tensor, num_queries: int, num_keys: int, block_q: int, block_k: int) -> _BlockShape:
         """Raises InputError for block sizes and counts that no plan can have."""
-        for name, size in (("block_q", block_q), ("block_k", block_k)):
-            if size not in BLOCK_SIZES:
-                raise InputError(f"{name} is {size}; blocks of a plan have 64 or 128 rows.")
+        _check_sizes(block_q, block_k)
         blocks = -(-num_queries // block_q)
         if counts.ndim != 3 or counts.shape[2] != blocks:
             raise InputError(
@@ -219,6 +229,12 @@ class _BlockShape(NamedTuple):
         entries = blocks.int().masked_fill(unused, _PAST_THE_END).sort(-1).values.flatten()
         starts = torch.arange(counts.numel(), device=self.device).view(counts.shape) * capacity
         return BlockLists(starts, counts.int().clamp(0, capacity), entries)
+
+
+def _check_sizes(block_q: int, block_k: int) -> None:
+    for name, size in (("block_q", block_q), ("block_k", block_k)):
+        if size not in BLOCK_SIZES:
+            raise InputError(f"{name} is {size}; blocks of a plan have 64 or 128 rows.")
 
 
 def _padded_lists(listed: Tensor) -> tuple[Tensor, Tensor]:

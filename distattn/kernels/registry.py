@@ -68,7 +68,10 @@ def _least_predicted_time(case: Case, able: list[str], tables: Sequence[np.ndarr
     if choice is None:
         return None
     forward, backward = BACKENDS[choice.forward], BACKENDS[choice.backward]
-    return (forward if forward is backward else split(forward, backward)), choice.reason
+    reason = choice.reason
+    if case.block_plan:
+        reason = reason.replace("predicted:", "predicted without the block plan:", 1)
+    return (forward if forward is backward else split(forward, backward)), reason
 
 
 def backend_report(case: Case) -> dict[str, str | None]:

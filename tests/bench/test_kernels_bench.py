@@ -119,6 +119,7 @@ def test_block_plans_are_set_against_no_plan(tmp_path: Path, capsys: pytest.Capt
     assert 0 < found["block_plan_128 1300 4:2 D16|auto"]["area"] <= 4 * 1300 * 128
     assert not any(entry["wrong"] for entry in found.values())
     assert all("reference" in entry["choice"] for key, entry in found.items() if not key.startswith("full"))
+    assert all(("mask_build_ms" in entry) != key.startswith("full") for key, entry in found.items())
     plan, dense = (found[f"{mask} 1300 4:2 D16|auto"]["forward_tflops"] for mask in ("block_plan_64", "full"))
     share = f"auto, block_plan_64 1300 4:2 D16: forward {plan / dense:.2f}"
     assert share in capsys.readouterr().out
@@ -177,6 +178,22 @@ def test_repeats_are_at_least_three() -> None:
     calls: list[int] = []
     assert timing.median_ms(lambda: calls.append(1), 0, "cpu") >= 0
     assert len(calls) == timing.WARM_UPS + timing.MIN_REPEATS
+
+
+def test_warm_ups_last_as_long_as_they_are_to() -> None:
+    calls: list[None] = []
+    timing.median_ms(lambda: calls.append(time.sleep(0.005)), 0, "cpu", warm_up_seconds=0.05)
+    assert len(calls) > timing.WARM_UPS + timing.MIN_REPEATS
+
+
+def test_our_triton_kernels_together_are_the_faster_in_each_direction() -> None:
+    times = {"triton": (2.0, 2.0), "hopper": (1.0, 4.0), "flex": (3.0, 6.0)}
+    rates = {"forward_tflops": 1.0, "backward_tflops": 1.0, "wrong": False}
+    results = {f"causal 32K|{name}": {"forward_ms": a, "backward_ms": b, **rates} for name, (a, b) in times.items()}
+    shown = kernels.table(results, ["triton", "hopper", "flex"])
+    assert "hopper / flex: forward 3.00 (least 3.00), backward 1.50 (least 1.50), 1 cells" in shown
+    assert "triton or hopper / flex: forward 3.00 (least 3.00), backward 3.00 (least 3.00), 1 cells" in shown
+    assert "triton or hopper" not in kernels.table({key: x for key, x in results.items() if "hopper" not in key}, ["triton"])
 
 
 def test_a_record_that_is_something_else_is_refused(tmp_path: Path) -> None:

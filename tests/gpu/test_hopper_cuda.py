@@ -12,13 +12,27 @@ from distattn.kernels.protocol import Backend
 from distattn.kernels.softmax import hopper_backend, triton_worklist
 from distattn.kernels.tiles import UNBOUNDED
 from tests.gpu.test_triton_cuda import ALL_CASES, assert_within_twice_plain_torch
-from tests.kernels.extras_cases import run_whole
+from tests.kernels.extras_cases import run_whole, with_extras
 from tests.kernels.oracle import Sizes, problem, run, table
 from tests.kernels.test_triton import spoiled
 
 pytestmark = pytest.mark.gpu
 
 BF16, FP16 = torch.bfloat16, torch.float16
+
+
+# name → (table, arguments of ``with_extras``). The last two are computed by the portable kernels.
+PLANS: dict[str, tuple[str, dict]] = {
+    "of_all_heads": ("causal_1000", {"blocks": (128, 128), "density": 0.4}),
+    "of_kv_heads": ("window_1000", {"blocks": (128, 128), "plan_heads": 2}),
+    "long": ("causal_4097", {"blocks": (128, 128), "density": 0.2}),
+    "of_a_slot": ("slots", {"blocks": (128, 128), "plan_heads": 3, "model_heads": 12, "offsets": (200, 77, 2), "density": 0.7}),
+    "of_documents": ("documents", {"blocks": (128, 128), "plan_heads": 2}),
+    "of_all_blocks": ("window_1000", {"blocks": (128, 128), "density": 1.0}),
+    "of_no_block": ("causal_1000", {"blocks": (128, 128), "density": 0.0}),
+    "of_query_heads": ("window_1000", {"blocks": (128, 128), "plan_heads": 4}),
+    "of_small_blocks": ("causal_1000", {"blocks": (64, 64), "density": 0.4}),
+}
 
 
 @pytest.fixture(scope="module")
@@ -44,6 +58,16 @@ def test_the_whole_without_a_carry(name: str, head_dim: int, backend: Backend) -
     tiles, sizes = ALL_CASES[name]
     p = problem(tiles, sizes, head_dim=head_dim, batch=2, dtype=BF16, device="cuda", lse_gradient=True)
     assert_within_twice_plain_torch(run_whole(backend, p), p)
+
+
+@pytest.mark.parametrize("whole", [False, True], ids=["carried", "whole"])
+@pytest.mark.parametrize("head_dim", [64, 128])
+@pytest.mark.parametrize("name", PLANS)
+def test_block_plans(name: str, head_dim: int, whole: bool, backend: Backend) -> None:
+    table_name, extras = PLANS[name]
+    p = problem(*ALL_CASES[table_name], head_dim=head_dim, batch=2, dtype=BF16, device="cuda", lse_gradient=True)
+    p = with_extras(p, **extras)
+    assert_within_twice_plain_torch((run_whole if whole else run)(backend, p), p)
 
 
 @pytest.mark.parametrize("name", ["ring", "slots", "documents", "heads_apart"])

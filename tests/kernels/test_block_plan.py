@@ -103,6 +103,21 @@ def test_lists_that_cannot_be_are_refused(change: dict, message: str) -> None:
         BlockPlan.from_lists(**{**given, **change})
 
 
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"listed": torch.ones(2, 3, 9, 8).bool()}, r"listed must have shape \[b, p, 9, 7\]"),
+        ({"listed": torch.ones(3, 9, 7).bool()}, r"listed must have shape .* got \[3, 9, 7\]"),
+        ({"full": torch.ones(1, 3, 9, 7).bool()}, r"full must have shape .* got \[1, 3, 9, 7\]"),
+        ({"block_k": 32}, "block_k is 32"),
+    ],
+)
+def test_booleans_that_do_not_fit_are_refused(change: dict, message: str) -> None:
+    listed, full = random_blocks()
+    with pytest.raises(InputError, match=message):
+        BlockPlan.from_blocks(**{"listed": listed, "full": full, **SIZES, **change})
+
+
 def extras_problem(name: str, **options: object) -> Problem:
     table_name, sizes, extras = EXTRAS_CASES[name]
     tiles, shape = {**CASES, **ODD}[table_name]

@@ -20,7 +20,7 @@ from distattn.calibration import Calibration, KernelCell, KernelRate, load_calib
 from distattn.errors import UnsupportedError
 from distattn.kernels import BACKENDS, Case, backend_report, choose_backend, selection, triton_here
 from distattn.kernels import registry as registry_module
-from distattn.kernels.measured import DOUBT, UNCORRECTED, amounts_of, correction
+from distattn.kernels.measured import DOUBT, NEAR, SIZE_SCALE, UNCORRECTED, amounts_of, correction
 from distattn.kernels.protocol import WholeBackend
 from distattn.kernels.selection import Rates, fastest, predicted_seconds
 from distattn.kernels.softmax import hopper_backend
@@ -105,6 +105,22 @@ def test_auto_on_cuda(
     case = replace(CUDA, **change)  # type: ignore[arg-type]
     backend, _ = choose_backend(case)
     assert backend.name == expected
+
+
+def test_a_block_plan_leaves_our_own_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
+    monkeypatch.setattr(triton_here, "is_installed", lambda: True)
+    monkeypatch.setattr(hopper_backend, "_has_gluon", lambda: True)
+    case = replace(CUDA, block_plan=True)
+    assert [name for name, reason in backend_report(case).items() if reason is None] == ["reference", "hopper", "triton"]
+    assert "takes no positions" in str(BACKENDS["hopper"].why_not(replace(case, positions=True)))
+    rates = [rate(name, b, pair=x) for name, x in (("hopper", 1.0), ("triton", 2.0)) for b in (False, True)]
+    monkeypatch.setattr(registry_module, "rates_here", lambda: rates_of(*rates))
+    backend, reason = choose_backend(case, tables=[np.array([[0, 512, 0, 512, -U, U, 0, 8, 0]])])
+    assert backend.name == "hopper"
+    assert reason.startswith("predicted without the block plan: forward hopper")
+    assert "fa4 takes no block plans" in reason
 
 
 def test_flash_is_deterministic_when_torch_is_asked_to_be(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -268,6 +284,18 @@ def test_times_measured_nearby_correct_the_rates() -> None:
     assert correction(rates.calibration, replace(cells[0], cell="")).factor == pytest.approx(2 ** (1 / (1 + DOUBT)))
     assert correction(rates.calibration, replace(cells[0], pairs=cells[0].pairs * 100)) == (pytest.approx(1.0), "")
     assert correction(Calibration(H100), cells[0]) == UNCORRECTED
+
+
+def test_a_cell_of_half_the_size_stands_for_more_than_the_rates_say() -> None:
+    """By the rates, waiting is half of the cell's time and does not grow; measured times of twice the heads nearly double."""
+    seconds = 1e-12 * 8e9
+    waiting = replace(rate("fa4", pair=1), step_s=seconds / 100)
+    cell = KernelCell("half", "fa4", False, 64, 1, 1.0, 0.0, 100.0, 8e9, 0.0, ratio=1.0)
+    rates = Calibration(H100, kernels=(waiting,), cells=(cell,))
+    like = replace(cell, pairs=2 * cell.pairs)
+    # 3 by the rates, 4 in proportion: √(4 ÷ 3), by as much as the cell counts.
+    weight = np.exp(-((SIZE_SCALE * np.log(2)) ** 2) / NEAR**2)
+    assert correction(rates, like).factor == pytest.approx((4 / 3) ** (0.5 * weight / (weight + DOUBT)))
 
 
 def test_a_schedule_waits_for_the_longest_column_of_a_whole_group() -> None:

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from distattn.kernels.protocol import Carry, Case, Extras, why_no_extras
+from distattn.kernels.softmax.hopper_plan import plan_work, takes_plan
 from distattn.kernels.softmax.triton_backend import TritonBackend, check_tensors, row_delta, row_strides, with_unit_stride
 from distattn.kernels.softmax.triton_worklist import WorkList, key_work, query_work
 
@@ -53,14 +54,17 @@ class HopperBackend(TritonBackend):
             return f"takes head dimensions 64 and 128, keys and values alike, not {case.head_dim} and {case.value_dim}"
         if case.deterministic:
             return "sums dq in no fixed order"
-        return "takes no soft-cap" if case.softcap else why_no_extras(case)
+        return "takes no soft-cap" if case.softcap else why_no_extras(case, taken=("block_plan",))
 
     def attend(
         self, q: Tensor, k: Tensor, v: Tensor, tiles: np.ndarray, carry: Carry, *, group: int, scale: float,
         softcap: float | None, extras: Extras | None = None,
     ) -> None:  # fmt: skip
         check_tensors(q=q, k=k, v=v, acc=carry.acc)
-        work = query_work(tiles, BLOCK_Q, BLOCK_K, q.device)
+        if _is_portable(tiles, extras, group, q.shape[0]):
+            super().attend(q, k, v, tiles, carry, group=group, scale=scale, softcap=softcap, extras=extras)
+            return
+        work = _query_work(tiles, extras, q.device)
         if work is not None:
             _forward(q, k, v, *carry, work, group, scale, whole=False)
 
@@ -69,7 +73,9 @@ class HopperBackend(TritonBackend):
         extras: Extras | None = None,
     ) -> tuple[Tensor, Tensor]:  # fmt: skip
         check_tensors(q=q, k=k, v=v)
-        work = query_work(tiles, BLOCK_Q, BLOCK_K, q.device)
+        if _is_portable(tiles, extras, group, q.shape[0]):
+            return super().attend_whole(q, k, v, tiles, group=group, scale=scale, softcap=softcap, extras=extras)
+        work = _query_work(tiles, extras, q.device)
         batch, rows, heads, _ = q.shape
         out = torch.empty_like(q, memory_format=torch.contiguous_format)
         lse = torch.empty((batch, heads, rows), dtype=torch.float32, device=q.device).transpose(1, 2)
@@ -87,7 +93,11 @@ class HopperBackend(TritonBackend):
     ) -> None:  # fmt: skip
         do = with_unit_stride(do.to(q.dtype))
         check_tensors(q=q, k=k, v=v, do=do, dq=dq, dk=dk, dv=dv)
-        work = key_work(tiles, BACKWARD_BLOCK_K, BACKWARD_BLOCK_Q, group, q.device)
+        if _is_portable(tiles, extras, group, q.shape[0]):
+            settings = {"group": group, "scale": scale, "softcap": softcap, "extras": extras}
+            super().attend_backward(q, k, v, out, lse, do, delta, tiles, dq, dk, dv, **settings)
+            return
+        work = _key_work(tiles, extras, group, q.device)
         if work is not None:
             lse, delta = (x.transpose(1, 2).contiguous() for x in (lse, delta))
             _backward(q, k, v, do, lse, delta, dq, dk, dv, work, group, scale, whole=False)
@@ -98,7 +108,10 @@ class HopperBackend(TritonBackend):
     ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
         do, out = with_unit_stride(do.to(q.dtype)), with_unit_stride(out)
         check_tensors(q=q, k=k, v=v, do=do)
-        work = key_work(tiles, BACKWARD_BLOCK_K, BACKWARD_BLOCK_Q, group, q.device)
+        if _is_portable(tiles, extras, group, q.shape[0]):
+            settings = {"group": group, "scale": scale, "softcap": softcap, "extras": extras}
+            return super().attend_backward_whole(q, k, v, out, lse, do, dlse, tiles, **settings)
+        work = _key_work(tiles, extras, group, q.device)
         dq = torch.zeros(q.shape, dtype=torch.float32, device=q.device)
         dk, dv = (torch.empty_like(x, memory_format=torch.contiguous_format) for x in (k, v))
         if work is None or work.num_rows < k.shape[1] * k.shape[2]:
@@ -108,6 +121,26 @@ class HopperBackend(TritonBackend):
             delta, lse = row_delta(out, do, dlse), lse.transpose(1, 2).contiguous()
             _backward(q, k, v, do, lse, delta, dq, dk, dv, work, group, scale, whole=True)
         return dq.to(q.dtype), dk, dv
+
+
+def _is_portable(tiles: np.ndarray, extras: Extras | None, group: int, batch: int) -> bool:
+    """Whether a call is under a block plan that the portable kernels compute. Raises InputError for one that does not fit."""
+    if extras is None or extras.blocks is None:
+        return False
+    extras.blocks.check(tiles, batch)
+    return not takes_plan(extras.blocks, tiles, group)
+
+
+def _query_work(tiles: np.ndarray, extras: Extras | None, device: torch.device) -> WorkList | None:
+    if extras is None or extras.blocks is None:
+        return query_work(tiles, BLOCK_Q, BLOCK_K, device)
+    return plan_work(tiles, extras.blocks, BLOCK_K, 0, device)
+
+
+def _key_work(tiles: np.ndarray, extras: Extras | None, group: int, device: torch.device) -> WorkList | None:
+    if extras is None or extras.blocks is None:
+        return key_work(tiles, BACKWARD_BLOCK_K, BACKWARD_BLOCK_Q, group, device)
+    return plan_work(tiles, extras.blocks, BACKWARD_BLOCK_Q, group, device)
 
 
 def _forward(

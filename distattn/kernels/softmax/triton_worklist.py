@@ -7,8 +7,9 @@ on a tile's diagonal edges need a mask (B, boundary). All others are FULL: whole
     rows of one block      ◥ █ █ █ █ █ ◣      B: [v0, l)    FULL: [l, l + n·BLOCK_C)    B: [l + n·BLOCK_C, v1)
                            · ◥ █ █ █ █ █
 
-Blocks are ordered by falling cost, so that the longest start first: within their head, whose keys lie in L2 then, but for
-blocks so long that the device would wait for them at the end, which start first of all heads. Ranges of a block are ordered by
+Blocks are ordered by falling cost, so that the longest start first: within their head, whose keys lie in L2 then, also where
+heads have blocks of their own, but for blocks so long that the device would wait for them at the end, which start first of all
+heads. Ranges of a block are ordered by
 where they stand, so that the order of the tiles does not change the order of the sums, and with it the last bits of a result.
 """
 
@@ -62,15 +63,16 @@ class WorkList:
 
 def query_work(tiles: np.ndarray, block_q: int, block_k: int, device: torch.device) -> WorkList | None:
     """Blocks of query rows with the ranges of keys that they see, or None if the tiles are empty."""
-    return _remembered(_table_bytes(tiles), block_q, block_k, 0, str(device))
+    return _remembered(table_bytes(tiles), block_q, block_k, 0, str(device))
 
 
 def key_work(tiles: np.ndarray, block_k: int, block_q: int, group: int, device: torch.device) -> WorkList | None:
     """Blocks of keys, for KV heads, with the ranges of query rows that see them, or None if the tiles are empty."""
-    return _remembered(_table_bytes(tiles), block_k, block_q, group, str(device))
+    return _remembered(table_bytes(tiles), block_k, block_q, group, str(device))
 
 
-def _table_bytes(tiles: np.ndarray) -> bytes:
+def table_bytes(tiles: np.ndarray) -> bytes:
+    """What a table is remembered by."""
     return np.ascontiguousarray(tiles, dtype=np.int64).tobytes()
 
 
@@ -83,12 +85,12 @@ def _remembered(table: bytes, block_rows: int, block_columns: int, group: int, d
 
 def plan_query_work(tiles: np.ndarray, operand: BlockOperand, block_q: int, device: torch.device) -> WorkList | None:
     """``query_work`` under a block plan: a range for each tile, and blocks that lie in one query block of the plan."""
-    return _remembered_plan(_table_bytes(tiles), _table_bytes(operand.offsets_of(tiles)), block_q, 0, str(device))
+    return _remembered_plan(table_bytes(tiles), table_bytes(operand.offsets_of(tiles)), block_q, 0, str(device))
 
 
 def plan_key_work(tiles: np.ndarray, operand: BlockOperand, block_k: int, group: int, device: torch.device) -> WorkList | None:
     """``key_work`` under a block plan: a range for each tile, and blocks that lie in one key block of the plan."""
-    return _remembered_plan(_table_bytes(tiles), _table_bytes(operand.offsets_of(tiles)), block_k, group, str(device))
+    return _remembered_plan(table_bytes(tiles), table_bytes(operand.offsets_of(tiles)), block_k, group, str(device))
 
 
 @lru_cache(maxsize=256)
@@ -103,8 +105,7 @@ def _on_device(blocks: np.ndarray, ranges: np.ndarray, device: str) -> WorkList 
     num_heads = int((blocks[:, 6] - blocks[:, 5]).max())
     num_rows = int(((blocks[:, 1] - blocks[:, 0]) * (blocks[:, 6] - blocks[:, 5])).sum())
     costs = blocks[:, 7] / (blocks[:, 6] - blocks[:, 5])
-    # The first ones only: blocks fall in cost over all their heads, and of few heads may be long behind others.
-    num_long = int((np.cumsum(costs <= LONG_SHARE * blocks[:, 7].sum()) == 0).sum())
+    _, num_long = order_of_blocks(*blocks[:, 5:].T)
     # A line more: a pipelined loop looks at the range behind its last one.
     ranges = np.concatenate((ranges, np.zeros_like(ranges[:1])))
     blocks_there, ranges_there = (torch.from_numpy(x.astype(np.int32)).to(device) for x in (blocks, ranges))
@@ -146,7 +147,7 @@ def build_for_plan(tiles: np.ndarray, offsets: np.ndarray, block_rows: int, grou
     row = unique[:, 0] + side[is_first, S_ROW]
     blocks = np.stack((*unique[:, :2].T, begin, row, end, *unique[:, 2:].T, cost), axis=1)
     ranges = np.stack((start, stop, *side[:, [S_LO, S_HI, S_H0, S_H1, S_SHIFT, S_COLUMN, S_HEAD]].T), axis=1)
-    return blocks[np.argsort(-cost, kind="stable")], ranges
+    return blocks[order_of_blocks(*blocks[:, 5:].T)[0]], ranges
 
 
 # A tile as rows and columns: rows, columns, diagonals (column − row), row heads, the query heads and shift of the tile, and
@@ -171,13 +172,13 @@ def _checked_sides(tiles: np.ndarray, group: int, offsets: np.ndarray | None = N
     spans = [head_spans(*heads, group) for heads in kinds.tolist()]
     flat = np.array([span for x in spans for span in x], np.int64).reshape(-1, 4)
     count = np.array([len(x) for x in spans], np.int64)
-    source, step = _expand(count[kind.ravel()])
+    source, step = expand(count[kind.ravel()])
     sides = sides[source]
     sides[:, [S_H0, S_H1, S_G0, S_G1]] = flat[(np.cumsum(count) - count)[kind.ravel()[source]] + step]
     return sides
 
 
-def _expand(counts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def expand(counts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """(source, step): every index i repeated counts[i] times, with 0 … counts[i] − 1 beside it."""
     source = np.repeat(np.arange(len(counts)), counts)
     return source, np.arange(len(source)) - np.repeat(np.cumsum(counts) - counts, counts)
@@ -192,17 +193,17 @@ def _blocks_and_tiles(sides: np.ndarray, block_rows: int, *, in_plan: bool = Fal
     # Heads: between two neighbouring edges of tiles every head has the same tiles.
     edges = np.unique(sides[:, [S_G0, S_G1]])
     first = np.searchsorted(edges, sides[:, S_G0])
-    side, step = _expand(np.searchsorted(edges, sides[:, S_G1]) - first)
+    side, step = expand(np.searchsorted(edges, sides[:, S_G1]) - first)
     span = first[side] + step
     # Rows likewise, for each span of heads by itself: one sorted list of (span, edge).
     key = span * MAX_POSITION
     keys = np.unique(np.concatenate((key + sides[side, S_R0], key + sides[side, S_R1])))
     first = np.searchsorted(keys, key + sides[side, S_R0])
-    line, step = _expand(np.searchsorted(keys, key + sides[side, S_R1]) - first)
+    line, step = expand(np.searchsorted(keys, key + sides[side, S_R1]) - first)
     segment, side, span = first[line] + step, side[line], span[line]
     row0, row1 = keys[segment] % MAX_POSITION, keys[segment + 1] % MAX_POSITION
     first = row0 - (row0 + sides[side, S_ROW]) % block_rows if in_plan else row0
-    line, step = _expand(-(-(row1 - first) // block_rows))
+    line, step = expand(-(-(row1 - first) // block_rows))
     start = np.maximum(first[line] + step * block_rows, row0[line])
     stop = np.minimum(first[line] + (step + 1) * block_rows, row1[line])
     block = np.stack((start, stop, edges[span[line]], edges[span[line] + 1]), axis=1)
@@ -249,7 +250,14 @@ def _ranges(block: np.ndarray, side: np.ndarray, block_columns: int) -> tuple[np
     behind = to_end[np.append(np.flatnonzero(is_first)[1:], len(steps))]
     steps = to_end[:-1] - behind[kind]
     ranges = np.stack((start, stop, *side[:, [S_LO, S_HI, S_H0, S_H1, S_SHIFT]].T, steps), axis=1)
-    return blocks[np.argsort(-cost, kind="stable")], ranges
+    return blocks[order_of_blocks(*blocks[:, 5:].T)[0]], ranges
+
+
+def order_of_blocks(h0: np.ndarray, h1: np.ndarray, cost: np.ndarray) -> tuple[np.ndarray, int]:
+    """(order int64 [NB], how many are long): those first, as the device would wait for one of their programs; then head by
+    head; by falling cost among these."""
+    is_long = cost > LONG_SHARE * cost.sum() * (h1 - h0)
+    return np.lexsort((-cost, np.where(is_long, 0, h0), ~is_long)), int(is_long.sum())
 
 
 def _first_of_block(block: np.ndarray) -> np.ndarray:
