@@ -183,10 +183,12 @@ def run_ranks(
         path = os.pathsep.join([str(folder / "path"), os.environ.get("PYTHONPATH", "")]).rstrip(os.pathsep)
         argv = [sys.executable, "-m", "distattn.bench.linear_ranks", str(folder / "settings.json")]
         code = launch_local(argv, ranks, log_dir=folder / "logs", env={"PYTHONPATH": path})
-        lines = (folder / "results.jsonl").read_text().splitlines() if (folder / "results.jsonl").exists() else []
-        for line in lines:
+        written = folder / "results.jsonl"
+        for line in written.read_text().splitlines() if written.exists() else []:
             cell = json.loads(line)
             record.add(f"ranks {ranks}|{cell['key']}", cell["engines"])
         if code:
-            key = f"ranks {ranks}|{missing[len(lines)].key}" if len(lines) < len(missing) else f"ranks {ranks}"
-            record.add(key, {"ranks": {"failed": f"the rank processes ended with status {code}"}})
+            begun = [f"ranks {ranks}|{s.key}" for s in missing if f"ranks {ranks}|{s.key}" in record]
+            last = begun[-1] if begun else f"ranks {ranks}|{missing[0].key}"
+            failure = {"ranks": {"failed": f"the rank processes ended with status {code}; what is here was measured before"}}
+            record.add(last, record.results.get(last, {}) | failure)

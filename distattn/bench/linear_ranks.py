@@ -12,6 +12,7 @@ import gc
 import json
 import sys
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -75,8 +76,9 @@ class Ranks:
         whole = torch.tensor([0, shape.tokens * self.num_ranks], device=self.device)
         return fla(shape, cp_context=build_cp_context(whole, group=self.group))
 
-    def cell(self, shape: LinearShape) -> dict[str, dict[str, Any]]:
-        """Per engine: milliseconds of the slowest rank, errors; alike on all ranks."""
+    def cell(self, shape: LinearShape) -> Iterator[dict[str, dict[str, Any]]]:
+        """Per engine: errors, then milliseconds of the slowest rank; alike on all ranks. Yields what there is at each step, so
+        that a run that is cut short keeps it."""
         x = self.local(shape)
         wanted = self.wanted(shape)
         found: dict[str, dict[str, Any]] = {}
@@ -95,10 +97,11 @@ class Ranks:
             calls[name] = attend
             del got
         del wanted
+        yield found
         for direction in ("forward", "train"):
             for name, times in self.in_turn(x, calls, direction).items():
                 found[name][f"{direction}_ms"] = quantiles(times)
-        return found
+            yield found
 
     def first_call(self, name: str, x: LinearProblem) -> tuple[Attend | None, tuple[Tensor, ...], str | None]:
         """(the engine, its results, None), or why it is none."""
@@ -165,16 +168,16 @@ def _relative(got: Tensor, want: Tensor) -> float:
 
 
 def run(settings: Settings) -> None:
-    """Every cell; rank 0 writes a line for each."""
+    """Every cell; rank 0 writes lines for each, of which the last one counts."""
     ranks = Ranks(settings)
     for entry in settings.shapes:
         if max(ranks.everyone(time.time())) > settings.deadline:
             break
         shape = LinearShape(**entry)
-        cell = ranks.cell(shape)
-        if ranks.rank == 0:
-            with Path(settings.results).open("a") as file:
-                file.write(json.dumps({"key": shape.key, "engines": cell}) + "\n")
+        for cell in ranks.cell(shape):
+            if ranks.rank == 0:
+                with Path(settings.results).open("a") as file:
+                    file.write(json.dumps({"key": shape.key, "engines": cell}) + "\n")
         gc.collect()
         if settings.device == "cuda":
             torch.cuda.empty_cache()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from distattn.bench import linear
 from distattn.bench.linear_problem import LinearProblem, LinearShape, errors, fla, ours, parse_shapes
 from distattn.bench.linear_report import draw, table
 from distattn.bench.linear_timing import Clock, quantiles
+from distattn.bench.record import Record
 from distattn.cli.bench import bench
 from distattn.errors import ConfigError, UnsupportedError
 
@@ -94,6 +96,21 @@ def test_table_and_picture(tmp_path: Path) -> None:
     assert (tmp_path / "linear.png").stat().st_size > 10_000
     with pytest.raises(UnsupportedError, match="there is nothing to draw"):
         draw({"kernel|gla B1 T4 H2 D16": {"ours": {"not_run": "no"}}}, {}, tmp_path / "none.png")
+
+
+def test_ranks_that_are_cut_short_leave_what_they_had(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def killed(argv: list[str], ranks: int, **_: Any) -> int:
+        lines = [{"alone": {"error": 0.0}}, {"alone": {"error": 0.0, "forward_ms": [1.0, 1.0, 1.0]}}]
+        written = Path(json.loads(Path(argv[-1]).read_text())["results"])
+        written.write_text("".join(json.dumps({"key": TINY.key, "engines": line}) + "\n" for line in lines))
+        return 143
+
+    monkeypatch.setattr(linear, "launch_local", killed)
+    record = Record(tmp_path / "linear.json", {"device": "here"})
+    linear.run_ranks(record, [TINY, replace(TINY, tokens=90)], ["alone"], 2, 0.0, "cpu", float("inf"))
+    (cell,) = record.results.values()
+    assert cell["alone"]["forward_ms"] == [1.0, 1.0, 1.0]
+    assert "ended with status 143" in cell["ranks"]["failed"]
 
 
 def test_the_command(tmp_path: Path) -> None:

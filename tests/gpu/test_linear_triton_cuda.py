@@ -20,10 +20,11 @@ pytestmark = pytest.mark.gpu
 
 BF16, FP16 = torch.bfloat16, torch.float16
 LIMITS = {"o": 5e-3, "final": 5e-3, "dq": 8e-3, "dk": 8e-3, "dv": 8e-3, "dg": 2e-2, "dbeta": 2e-2, "dinitial": 8e-3}
+FP32_LIMIT = 1e-5
 every_case = pytest.mark.parametrize(("kind", "gate"), [pytest.param(*case, id=" ".join(case)) for case in CASES])
 
 
-def excess(found: dict[str, Tensor | None], wanted: dict[str, Tensor]) -> dict[str, float]:
+def excess(found: dict[str, Tensor | None], wanted: dict[str, Tensor], limits: dict[str, float] = LIMITS) -> dict[str, float]:
     """Relative errors (RMS) that exceed the limits; a result that vanishes may be off by 1e-6."""
     over = {}
     for name, want in wanted.items():
@@ -31,7 +32,7 @@ def excess(found: dict[str, Tensor | None], wanted: dict[str, Tensor]) -> dict[s
         assert got is not None, f"{name} is missing"
         off = got.double() - want.double()
         error = float(off.norm() / want.double().norm().clamp(min=1e-12))
-        if not (error <= LIMITS[name] or float(off.abs().max()) <= 1e-6):
+        if not (error <= limits[name] or float(off.abs().max()) <= 1e-6):
             over[name] = error
     return over
 
@@ -45,13 +46,14 @@ def on_gpu(x: Operands, dtype: torch.dtype) -> Operands:
 
 def check(kind: str, gate: str, lengths: list[int], dtype: torch.dtype, *, skip: tuple[str, ...] = (), **options: Any) -> None:
     """Documents with initial and final states, every gradient."""
+    limits = dict.fromkeys(LIMITS, FP32_LIMIT) if dtype == torch.float32 else LIMITS
     x = on_gpu(make_operands(kind, gate, 1, sum(lengths), **options), dtype)
     initial, dfinal = (random_states(1, len(lengths), x, seed).float().cuda() for seed in (1, 2))
     do = random_gradient(x)
     exact = Operands(*(None if t is None else t.double() for t in x[:5]), x.scale)  # pyright: ignore[reportCallIssue]
     wanted = run_whole(TorchLinear(), exact, lengths, initial.double(), do.double(), dfinal.double())
     found = run_whole(TritonLinear(), x, lengths, initial, do, dfinal)
-    over = excess(found, {n: t for n, t in wanted.items() if t is not None and n not in skip})
+    over = excess(found, {n: t for n, t in wanted.items() if t is not None and n not in skip}, limits)
     assert not over, over
 
 
@@ -83,6 +85,14 @@ def test_dims_groups_and_dtypes(
     check(kind, gate, [65, 1, 300], dtype, strength=0.05, **shape)
 
 
+@pytest.mark.parametrize(("kind", "gate"), [case for case in CASES if case[1] != "vector"])
+def test_fp32(kind: str, gate: str) -> None:
+    """Three products in tf32 for one. Strong gates too: under those, fp32 kernels have read shared memory not their own."""
+    for dim, strength in ((64, 0.05), (64, 8.0), (128, 0.05)):
+        skip = ("dg",) if strength == 8.0 else ()
+        check(kind, gate, [129, 70], torch.float32, strength=strength, skip=skip, key_dim=dim, value_dim=dim)
+
+
 @pytest.mark.parametrize("kind", ["gla", "kda", "gated_delta"])
 def test_gates_that_forget_at_once(kind: str) -> None:
     """−40 a token on average: dg is what rounding leaves of it."""
@@ -96,12 +106,28 @@ def test_pieces_that_hand_states_on(kind: str, gate: str) -> None:
     assert not excess(found, wanted), excess(found, wanted)
 
 
+@pytest.mark.parametrize(("kind", "gate"), [case for case in CASES if KINDS[case[0]].delta])
+def test_pieces_cut_into_parts(kind: str, gate: str) -> None:
+    x = on_gpu(make_operands(kind, gate, 2, 539, strength=0.05, key_dim=64, value_dim=64, value_heads=4), BF16)
+    found, wanted = run_pieces(TritonLinear(num_parts=3), x, [270, 5, 264])
+    assert not excess(found, wanted), excess(found, wanted)
+
+
+@pytest.mark.parametrize("kind", ["simple_gla", "gla"])
+def test_chunks_that_no_state_reaches(kind: str) -> None:
+    """A border's state has faded after a chunk or two: what is computed before it arrives is most of the piece."""
+    x = on_gpu(make_operands(kind, KINDS[kind].gates[0], 2, 1039, strength=1.0, key_dim=64, value_dim=64), BF16)
+    found, wanted = run_pieces(TritonLinear(), x, [520, 5, 514])
+    assert not excess(found, wanted), excess(found, wanted)
+
+
 @every_case
 def test_the_self_test_passes(kind: str, gate: str) -> None:
     case = LinearCase("cuda", BF16, gate, KINDS[kind].delta, 128, 128, 4, 4)
     assert broken(TritonLinear(), case, torch.device("cuda", 0)) is None
     assert LINEAR_BACKENDS["triton"].why_not(case) is None
-    assert "not fp32" in str(LINEAR_BACKENDS["triton"].why_not(replace(case, dtype=torch.float32)))
+    reason = LINEAR_BACKENDS["triton"].why_not(replace(case, dtype=torch.float32))
+    assert (reason is not None) == (gate == "vector"), reason
 
 
 def test_every_launch_gives_the_same_bits() -> None:
@@ -125,4 +151,5 @@ def test_the_call_takes_them() -> None:
         o, _ = linear_attention(q, k, v, kind="gated_delta", decay=g, beta=beta, kernel=kernel)
         results.append([o.detach(), *torch.autograd.grad(o.float().square().sum(), leaves)])
     for got, want in zip(*results, strict=True):
-        assert float((got.double() - want.double()).norm() / want.double().norm()) < 2e-2
+        got, want = got.detach().double(), want.detach().double()
+        assert float((got - want).norm() / want.norm()) < 2e-2

@@ -16,7 +16,8 @@ import pytest
 import torch
 
 from distattn.errors import UnsupportedError
-from distattn.kernels.linear import LinearCase, Operands, choose_linear_backend
+from distattn.kernels.linear import LinearCase, Operands, Pieces, choose_linear_backend
+from distattn.kernels.linear.chunked import TorchLinear
 from distattn.kernels.linear.triton_backend import TritonLinear
 from distattn.kernels.linear.triton_configs import linear_configs, padded
 from tests.kernels.linear_cases import (
@@ -66,6 +67,43 @@ def piece_errors(kind: str, gate: str) -> dict[str, float]:
         return worst(*run_pieces(TritonLinear(), x, [70, 5, 64]))
 
 
+SETS = {
+    "ends, whole, begins": ([66, 5, 130], [1, 2], [0], [2], [0, 1]),
+    "through": ([130], [], [0], [0], []),
+    "two chains": ([3, 66, 129, 1], [], [1, 2], [0, 2], [3]),
+}
+"""Pieces of one rank: their lengths, and which start from initial states, are late, emit, and are final."""
+
+
+def sets_errors(kind: str, gate: str, sets: tuple[list[int], ...], num_parts: int) -> dict[str, float]:
+    """In the interpreter's process: against plain torch in fp64, from random states that arrive."""
+    lengths, *members = sets
+    enter, late, emit, final = (np.array(m, np.int64) for m in members)
+    pieces = Pieces(np.array(lengths), enter, late, emit, final)
+    options = {"heads": 1, "value_heads": 1, "key_dim": 16, "value_dim": 16, "dtype": torch.float32}
+    x = make_operands(kind, gate, 2, sum(lengths), strength=2.0 if gate == "scalar" else 0.3, **options)
+    counts = [len(m) for m in members]
+    states = {
+        name: random_states(2, n, x, i).float()
+        for i, (name, n) in enumerate(zip(("enter", "late", "emit", "final"), counts, strict=True))
+    }
+    do = random_gradient(x)
+    found, wanted = {}, {}
+    exact = Operands(*(None if t is None else t.double() for t in x[:5]), x.scale)  # pyright: ignore[reportCallIssue]
+    for backend, inputs, kept in ((TritonLinear(num_parts=num_parts), x, found), (TorchLinear(), exact, wanted)):
+        given = {name: state.to(inputs.v.dtype) for name, state in states.items()}
+        with np.errstate(all="ignore"):
+            forward = backend.forward_begin(inputs, pieces, given["enter"])
+            kept |= {"emitted": forward.emitted.clone(), "transition": forward.transition}
+            forward.intra()
+            kept["o"], kept["final"] = forward.finish(given["late"])
+            backward = backend.backward_begin(inputs, pieces, given["enter"], given["late"], do.to(inputs.v), given["final"])
+            kept["demitted"] = backward.emitted.clone()
+            backward.intra()
+            kept |= {f"grad {name}": value for name, value in backward.finish(given["emit"])._asdict().items()}
+    return worst(found, {name: value for name, value in wanted.items() if value is not None})
+
+
 @every_case
 def test_whole_documents(kind: str, gate: str, interpreter: Executor) -> None:
     options = {"heads": 1, "value_heads": 2, "key_dim": 20, "value_dim": 24, "dtype": torch.float32, "strength": 0.1}
@@ -81,6 +119,16 @@ def test_strong_gates(kind: str, gate: str, interpreter: Executor) -> None:
     options = {"heads": 1, "value_heads": 1, "key_dim": 16, "value_dim": 16, "dtype": torch.float32, "strength": 20.0}
     errors = interpreter.submit(whole_errors, kind, gate, [70], options).result()
     assert max(errors.values()) < 1e-4, errors
+
+
+@pytest.mark.parametrize("name", SETS)
+@pytest.mark.parametrize(
+    ("kind", "gate", "num_parts"),
+    [("gated_delta", "scalar", 3), ("kda", "vector", 2), ("delta", "none", 1), ("simple_gla", "scalar", 1)],
+)
+def test_pieces_of_every_sort(kind: str, gate: str, num_parts: int, name: str, interpreter: Executor) -> None:
+    errors = interpreter.submit(sets_errors, kind, gate, SETS[name], num_parts).result()
+    assert max(errors.values()) < 3e-5, errors
 
 
 @every_case

@@ -1,6 +1,8 @@
 """Launch configurations of the linear Triton kernels: a fixed table, so that a process compiles one variant of each kernel.
 
-Those of bf16 were measured for a vector of gates on an H100; others follow them.
+Those of bf16 were measured for a vector of gates on an H100, the walks of other gates on an H200; others follow them. fp32
+keeps to four warps, one warp group for the 64 rows of a chunk: with eight, products of fp32 operands read shared memory that
+no program has, as Triton 3.6 and 3.7 compile them for Hopper.
 """
 
 from __future__ import annotations
@@ -10,6 +12,9 @@ from dataclasses import dataclass, replace
 import torch
 
 MIN_BLOCK = 16
+
+ALL, FAR, NEAR = 0, 1, 2
+"""Which chunks a launch computes (``REACH``): all, those where nothing is left of a state that crossed a border, the others."""
 
 
 @dataclass(frozen=True)
@@ -24,12 +29,14 @@ class Launch:
 
 @dataclass(frozen=True)
 class LinearConfigs:
-    """One for each kernel. Kernels that need all of K at once take it padded, whatever ``block_k`` says."""
+    """One for each kernel. Kernels that need all of K at once take it padded, whatever ``block_k`` says. few_states: of the
+    state kernel in the delta family, where it has fewer programs than the device has multiprocessors."""
 
     gate_sums: Launch
     scores: Launch
     solve: Launch
     state: Launch
+    few_states: Launch
     state_grad: Launch
     output: Launch
     values_grad: Launch
@@ -43,18 +50,19 @@ def padded(dim: int) -> int:
 
 def linear_configs(dtype: torch.dtype, gate: str, delta: bool, key_dim: int, value_dim: int) -> LinearConfigs:
     """The table's entry for a case; blocks no wider than the padded head dimensions."""
-    half = dtype == torch.bfloat16
+    half, single = dtype == torch.bfloat16, dtype == torch.float32
     wide = padded(key_dim) > 128
     vector = gate == "vector"
     # A walk through the chunks has few programs, so the decay family cuts K, which the delta family cannot.
-    walk = Launch(32, 64, 4, 3) if half and not delta else Launch(64, 32, 4, 3 if half else 1)
+    walk = Launch(32, 64, 4, 3) if half and vector and not delta else Launch(64, 32, 4, 3 if half else 1)
     return LinearConfigs(
         gate_sums=Launch(64, 64, 4, 1),
-        scores=Launch(128, 64, 8 if wide or vector else 4, 1),
+        scores=Launch(128, 64, 8 if not single and (wide or vector) else 4, 1),
         solve=Launch(64, 64, 4, 2),
         state=walk,
+        few_states=Launch(64, 16, 4, 4) if half and not wide else walk,
         state_grad=replace(walk, num_stages=2) if half and delta else walk,
-        output=Launch(64, 128, 8, 2) if half else Launch(32, 32, 4, 1),
+        output=Launch(64, 128, 8, 2 if vector else 3) if half else Launch(32, 32, 4, 1),
         values_grad=Launch(64, 64, 4, 2) if half else Launch(32, 32, 4, 1),
-        gradient=Launch(128, 32, 8, 3) if half and not wide else Launch(128, 16, 8, 1),
+        gradient=Launch(128, 32, 8, 3) if half and not wide else Launch(128, 16, 4 if single else 8, 1),
     )

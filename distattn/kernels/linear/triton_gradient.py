@@ -17,7 +17,7 @@ import triton
 import triton.language as tl
 
 from distattn.kernels.linear.triton_chunks import program_chunk
-from distattn.kernels.linear.triton_output import add_late, scalar_scores
+from distattn.kernels.linear.triton_output import REACH_ALL, REACH_NEAR, add_late, is_reached, scalar_scores
 from distattn.kernels.linear.triton_rows import (
     CHUNK,
     GATE_NONE,
@@ -36,18 +36,22 @@ from distattn.kernels.linear.triton_rows import (
 
 @triton.jit(do_not_specialize=["num_rows", "num_chunks", "num_emit", "scale"])
 def gradient_kernel(
-    q, k, v, g, beta, P, Kt, T, values, do, dvalues, h, dh, dleft, suffix, dq, dk, dv, dg, dbeta,
+    q, k, v, g, beta, P, Kt, last_G, T, values, do, dvalues, h, dh, dleft, suffix, dq, dk, dv, dg, dbeta,
     cu_seqlens, chunks, rows_emit, scale, num_rows, num_chunks, num_emit,
     H: tl.constexpr, HV: tl.constexpr, K: tl.constexpr, V: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr,
-    GATE: tl.constexpr, DELTA: tl.constexpr, LATE: tl.constexpr, MILD: tl.constexpr, COMPUTE: tl.constexpr,
-    PRECISION: tl.constexpr, VECTOR_PRECISION: tl.constexpr,
+    GATE: tl.constexpr, DELTA: tl.constexpr, LATE: tl.constexpr, REACH: tl.constexpr, MILD: tl.constexpr,
+    COMPUTE: tl.constexpr, PRECISION: tl.constexpr, VECTOR_PRECISION: tl.constexpr,
 ):  # fmt: skip
     """dq, dk [B, T, HV, K], dv [B, T, HV, V], dg [B, T, HV(, K)], dbeta [B, T, HV] of one chunk and value head.
 
-    BLOCK_K spans K. LATE (decay family): add to dh what left emitting pieces, as ``suffix`` decays it.
-    MILD: of a vector of gates, the chunks to compute, those that are mild or those that are not.
+    BLOCK_K spans K. LATE (decay family): add to dh what left emitting pieces, as ``suffix`` decays it. REACH: which chunks to
+    compute, by what that leaves of it. MILD: of a vector of gates, the chunks to compute, those that are mild or those that are
+    not; last_G [B, M, HV, K] tells. dg of a vector may lie where g does: a program reads no G but its own chunk's.
     """
     i_b, i_h, i_m, i_piece, i_chunk = program_chunk(chunks, num_chunks, HV)
+    if REACH != REACH_ALL:  # noqa: SIM102 - one is known when compiling
+        if is_reached(rows_emit, suffix, i_piece, i_b, i_h, i_m, num_chunks, HV, K, BLOCK_K, GATE) != (REACH == REACH_NEAR):
+            return
     row0, num_valid = chunk_rows(cu_seqlens, i_piece, i_chunk)
     o_r, o_k = tl.arange(0, CHUNK), tl.arange(0, BLOCK_K)
     m_row = o_r < num_valid
@@ -57,7 +61,7 @@ def gradient_kernel(
     at_k, at_v = (first * HV + i_h) * K, (first * HV + i_h) * V
     at_c, at_h = (first * HV + i_h) * CHUNK, ((i_b * num_chunks + i_m) * HV + i_h) * K * V
     if GATE == GATE_VECTOR:
-        b_last = tl.load(g + at_k + (num_valid - 1) * (HV * K) + o_k, mask=o_k < K, other=0.0)
+        b_last = tl.load(last_G + ((i_b * num_chunks + i_m) * HV + i_h) * K + o_k, mask=o_k < K, other=0.0)
         if is_mild(b_last) != MILD:
             return
     elif GATE != GATE_NONE:
@@ -172,6 +176,7 @@ def gradient_kernel(
     store_tile(dk + at_k, b_dk, m_row, o_r, o_k, HV * K, K)
     if GATE == GATE_VECTOR:
         b_dg = tl.cumsum(b_dG, 0, reverse=True) + b_border[None, :]
+        tl.debug_barrier()  # all of the program has read G
         store_tile(dg + at_k, b_dg, m_row, o_r, o_k, HV * K, K)
     elif GATE != GATE_NONE:
         b_dg = tl.cumsum(tl.sum(b_dG, 1), 0, reverse=True) + tl.sum(b_border, 0)

@@ -6,9 +6,11 @@ A method is one kernel; ``triton_backend.py`` says in which order they run.
 from __future__ import annotations
 
 import math
-from functools import cached_property
+from copy import copy
+from functools import cached_property, lru_cache
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 import triton
 import triton.language as tl
@@ -16,7 +18,8 @@ from torch import Tensor
 
 from distattn.kernels.linear import triton_chunks, triton_gradient, triton_output, triton_states
 from distattn.kernels.linear.protocol import CONSTANT, NONE, SCALAR, VECTOR, Operands, Pieces
-from distattn.kernels.linear.triton_configs import Launch, LinearConfigs, linear_configs, padded
+from distattn.kernels.linear.triton_configs import ALL, Launch, LinearConfigs, linear_configs, padded
+from distattn.kernels.linear.triton_parts import Parts, count_parts, parts_of
 
 # Triton types kernels as plain functions, whose launches are no subscripts.
 _chunks: Any = triton_chunks
@@ -29,7 +32,8 @@ _GATES = {NONE: 0, CONSTANT: 1, SCALAR: 2, VECTOR: 3}
 
 
 class Scores(NamedTuple):
-    """P, Γ [B, T, HV, CHUNK] in fp32; Qr, Kt [B, T, HV, K]; last [B, M, HV, K]: G of each chunk's last row.
+    """P [B, T, HV, CHUNK] in the compute dtype, Γ likewise in fp32; Qr, Kt [B, T, HV, K]; last [B, M, HV, K]: G of each chunk's
+    last row.
 
     Of other gates than a vector: q and k for Qr and Kt, and for last what kernels read of the gate.
     """
@@ -41,11 +45,22 @@ class Scores(NamedTuple):
     last: Tensor
 
 
+class GradientBuffers(NamedTuple):
+    """What the gradient kernel writes: dq, dk [B, T, HV, K], dv [B, T, HV, V], dg [B, T, HV(, K)], dbeta [B, T, HV]."""
+
+    dq: Tensor
+    dk: Tensor
+    dv: Tensor
+    dg: Tensor
+    dbeta: Tensor
+
+
 class Call:
     """One call's operands, made contiguous, and what launches share. Scratch memory is in the compute dtype: bf16 for bf16
     inputs, else fp32, whose products run in tf32 for fp16 inputs and in three times tf32 for fp32 ones."""
 
-    def __init__(self, x: Operands, pieces: Pieces, configs: LinearConfigs | None) -> None:
+    def __init__(self, x: Operands, pieces: Pieces, configs: LinearConfigs | None, num_parts: int = 0) -> None:
+        """num_parts: of pieces that cross borders, in the delta family; 0: what fills the device."""
         self.q, self.k, self.v = (t.contiguous() for t in (x.q, x.k, x.v))
         self.x, self.pieces, self.scale = x, pieces, float(x.scale)
         self.batch, self.num_rows, self.heads, self.key_dim = x.q.shape
@@ -57,7 +72,23 @@ class Call:
         self.beta = self.q if x.beta is None else x.beta.contiguous()
         self.compute = torch.bfloat16 if self.q.dtype == torch.bfloat16 else torch.float32
         self.configs = configs or linear_configs(self.q.dtype, x.gate, self.delta, self.key_dim, self.value_dim)
+        self.num_parts = num_parts
         self.g = self._gate()
+
+    def over(self, pieces: Pieces) -> Call:
+        """The same call over other pieces of the same chunks."""
+        other = copy(self)
+        other.pieces, other.tables, other.num_pieces = pieces, pieces.tables(self.device, CHUNK), len(pieces.lengths)
+        return other
+
+    def parts(self) -> Parts:
+        """How the pieces that cross borders are cut."""
+        crossing = np.union1d(self.pieces.late, self.pieces.emit)
+        number = self.num_parts
+        if not number:
+            longest = int(-(-self.pieces.lengths[crossing].max(initial=0) // CHUNK))
+            number = count_parts(self._num_walks(len(crossing)), 2 * _num_multiprocessors(self.device), longest)
+        return parts_of(self.pieces, number, CHUNK)
 
     # Shapes and constants.
 
@@ -135,7 +166,7 @@ class Call:
         """Of a vector gate; stand-ins for other gates, whose kernels make their own."""
         if self.x.gate != VECTOR:
             return Scores(self.q, self.q, self.q, self.k, self.g)
-        P = self.scratch(CHUNK, dtype=torch.float32)
+        P = self.scratch(CHUNK)
         overlap = self.scratch(CHUNK, dtype=torch.float32) if self.delta else self.q
         made = Scores(P, overlap, self.scratch(self.key_dim), self.scratch(self.key_dim), self.sums(self.num_chunks))
         for mild in (True, False):
@@ -158,6 +189,11 @@ class Call:
 
     # States.
 
+    def _num_walks(self, num_pieces: int) -> int:
+        """Programs that walk through so many pieces, all of K each."""
+        width = self._state_blocks(self.configs.state, self.value_dim)["BLOCK_V"]
+        return self.batch * self.value_heads * num_pieces * -(-self.value_dim // width)
+
     def _state_grid(self, block_k: int, block_v: int, columns: int) -> tuple[int, int]:
         tiles = -(-self.key_dim // block_k) * -(-columns // block_v)
         return tiles, self.batch * self.num_pieces * self.value_heads
@@ -174,9 +210,13 @@ class Call:
     def run_states(
         self, scores: Scores, written: Tensor, W: Tensor, entering: Tensor, late: Tensor | None, *, h: Tensor | None,
         values: Tensor, emitted: Tensor, final: Tensor, only: Tensor | None = None, sums: tuple[Tensor, Tensor] | None = None,
+        beside: bool = False,
     ) -> None:  # fmt: skip
-        """Forward through the pieces. written: U or V. late: None starts late pieces from zero. h: None stores no states."""
-        t, q, config = self.tables, self.q, self.configs.state
+        """Forward through the pieces. written: U or V. late: None starts late pieces from zero. h: None stores no states.
+        beside: another walk shares the device."""
+        t, q = self.tables, self.q
+        few = self.delta and not beside and self._num_walks(self.num_pieces) < _num_multiprocessors(self.device)
+        config = self.configs.few_states if few else self.configs.state
         blocks = self._state_blocks(config, self.value_dim)
         prefix, total = (q, q) if sums is None else sums
         _states.state_kernel[self._state_grid(blocks["BLOCK_K"], blocks["BLOCK_V"], self.value_dim)](
@@ -188,29 +228,27 @@ class Call:
             PREFIX=sums is not None, IDENTITY=False, **self._options(config),
         )  # fmt: skip
 
-    def run_identity(self, scores: Scores, W: Tensor) -> Tensor:
+    def run_identity(self, scores: Scores, W: Tensor, found: Tensor, only: Tensor) -> None:
         """The transitions M [B, num_maps, HV, K, K] of the delta family: states that start as the identity, in tf32."""
         t, q, config = self.tables, self.q, self.configs.state
-        found = self.states(len(self.pieces.maps), self.key_dim)
         if not found.shape[1]:
-            return found
+            return
         blocks = self._state_blocks(config, self.key_dim)
         blocks["BLOCK_V"] = min(32, blocks["BLOCK_V"])
         common = {**self._common, "COMPUTE": tl.float32}
         _states.state_kernel[self._state_grid(blocks["BLOCK_K"], blocks["BLOCK_V"], self.key_dim)](
             scores.Kt, q, W, scores.last, found, q, q, q, found, found, q, q, t.cu_seqlens, t.first_chunk, t.enter, t.late,
-            t.maps, t.final, t.maps, self.num_rows, self.num_chunks, self.num_pieces, 0, 0, found.shape[1], 0,
+            t.maps, t.final, only, self.num_rows, self.num_chunks, self.num_pieces, 0, 0, found.shape[1], 0,
             **{**self._state_shape, "V": self.key_dim}, **blocks, **common, DELTA=True, LATE=False, ONLY=True, STORE=False,
             PREFIX=False, IDENTITY=True, num_warps=config.num_warps, num_stages=1,
         )  # fmt: skip
-        return found
 
     def run_state_grads(
         self, scores: Scores, W: Tensor, do: Tensor, dv_inside: Tensor, dfinal: Tensor, dleft: Tensor | None, *,
         dh: Tensor, dvalues: Tensor, emitted: Tensor, dentering: Tensor,
-        only: Tensor | None = None, sums: tuple[Tensor, Tensor] | None = None,
+        only: Tensor | None = None, sums: tuple[Tensor, Tensor] | None = None, store: bool = True,
     ) -> None:  # fmt: skip
-        """Backward through the pieces. dleft: None takes what comes back to emitting pieces as zero."""
+        """Backward through the pieces. dleft: None takes what comes back to emitting pieces as zero. store: dh and dvalues."""
         t, q, config = self.tables, self.q, self.configs.state_grad
         blocks = self._state_blocks(config, self.value_dim)
         suffix, total = (q, q) if sums is None else sums
@@ -219,23 +257,23 @@ class Call:
             dentering, suffix, total, t.cu_seqlens, t.first_chunk, t.enter, t.late, t.emit, t.final,
             t.emit if only is None else only, self.scale, self.num_rows, self.num_chunks, self.num_pieces, dentering.shape[1],
             emitted.shape[1], 0 if dleft is None else dleft.shape[1], dfinal.shape[1], **self._state_shape, **blocks,
-            **self._common, DELTA=self.delta, LATE=dleft is not None, ONLY=only is not None, PREFIX=sums is not None,
-            **self._options(config),
+            **self._common, DELTA=self.delta, LATE=dleft is not None, ONLY=only is not None, STORE=store,
+            PREFIX=sums is not None, **self._options(config),
         )  # fmt: skip
 
     # Outputs and gradients.
 
-    def output(self, scores: Scores, values: Tensor, h: Tensor, late: Tensor | None, prefix: Tensor) -> Tensor:
+    def run_output(
+        self, o: Tensor, scores: Scores, values: Tensor, h: Tensor, late: Tensor | None, prefix: Tensor, reach: int = ALL
+    ) -> None:
         """o [B, T, HV, V]. late: states that crossed into late pieces and that h lacks, None if it has them."""
         t, config = self.tables, self.configs.output
         blocks = self._blocks(config)
-        o = torch.empty_like(self.v)
         _output.output_kernel[self._programs, triton.cdiv(self.value_dim, blocks["BLOCK_V"])](
             scores.Qr, self.k, values, self.g, scores.P, h, h if late is None else late, prefix, o, t.cu_seqlens, t.chunks,
             t.late, self.scale, self.num_rows, self.num_chunks, 0 if late is None else late.shape[1], **self._state_shape,
-            **blocks, **self._common, LATE=late is not None, **self._options(config),
+            **blocks, **self._common, LATE=late is not None, REACH=reach, **self._options(config),
         )  # fmt: skip
-        return o
 
     def values_grad(self, P: Tensor, do: Tensor) -> Tensor:
         """The part of dV' that stays inside the chunk, [B, T, HV, V]."""
@@ -247,28 +285,40 @@ class Call:
         )  # fmt: skip
         return found
 
-    def gradients(
-        self, scores: Scores, T: Tensor, values: Tensor, do: Tensor, dvalues: Tensor, h: Tensor, dh: Tensor,
-        dleft: Tensor | None, suffix: Tensor,
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:  # fmt: skip
-        """(dq, dk, dv, dg, dbeta) in the shapes and dtypes of the protocol."""
-        t, config = self.tables, self.configs.gradient
+    def gradient_buffers(self) -> GradientBuffers:
+        """dg of a vector of gates takes the place of G, which only the gradient kernel still reads."""
         grouped = self.value_heads != self.heads
         dq, dk = (self.scratch(self.key_dim, dtype=torch.float32 if grouped else self.q.dtype) for _ in range(2))
-        dv = torch.empty_like(self.v)
-        vector = self.x.gate == VECTOR
-        dg = self.scratch(*((self.key_dim,) if vector else ()), dtype=torch.float32) if self.x.g is not None else self.q
-        dbeta = self.scratch(dtype=torch.float32) if self.delta else self.q
+        dg = self.q if self.x.g is None else self.g if self.x.gate == VECTOR else self.scratch(dtype=torch.float32)
+        return GradientBuffers(
+            dq, dk, torch.empty_like(self.v), dg, self.scratch(dtype=torch.float32) if self.delta else self.q
+        )
+
+    def run_gradients(
+        self, found: GradientBuffers, scores: Scores, T: Tensor, values: Tensor, do: Tensor, dvalues: Tensor, h: Tensor,
+        dh: Tensor, dleft: Tensor | None, suffix: Tensor, *, reach: int = ALL, mild: bool = True,
+    ) -> None:  # fmt: skip
+        """All gradients of some chunks. dleft: gradients of the states that emitting pieces left, where dh lacks them. mild: of
+        a vector of gates, the chunks to compute."""
+        t, config = self.tables, self.configs.gradient
         blocks = {"BLOCK_K": padded(self.key_dim), "BLOCK_V": min(config.block_v, padded(self.value_dim))}
-        for mild in (True, False) if vector else (True,):
-            _gradient.gradient_kernel[(self._programs,)](
-                self.q, self.k, self.v, self.g, self.beta, scores.P, scores.Kt, T, values, do, dvalues, h, dh,
-                h if dleft is None else dleft, suffix, dq, dk, dv, dg, dbeta, t.cu_seqlens, t.chunks, t.emit, self.scale,
-                self.num_rows, self.num_chunks, 0 if dleft is None else dleft.shape[1], **self.shape, **blocks,
-                **self._common, DELTA=self.delta, LATE=dleft is not None, MILD=mild,
-                VECTOR_PRECISION=self.precision, **self._options(config),
-            )  # fmt: skip
-        if grouped:
+        _gradient.gradient_kernel[(self._programs,)](
+            self.q, self.k, self.v, self.g, self.beta, scores.P, scores.Kt, scores.last, T, values, do, dvalues, h, dh,
+            h if dleft is None else dleft, suffix, *found, t.cu_seqlens, t.chunks, t.emit, self.scale, self.num_rows,
+            self.num_chunks, 0 if dleft is None else dleft.shape[1], **self.shape, **blocks, **self._common, DELTA=self.delta,
+            LATE=dleft is not None, REACH=reach, MILD=mild, VECTOR_PRECISION=self.precision, **self._options(config),
+        )  # fmt: skip
+
+    def gradients(self, found: GradientBuffers) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
+        """(dq, dk, dv, dg, dbeta) in the shapes and dtypes of the protocol, once every chunk is computed."""
+        dq, dk, dv, dg, dbeta = found
+        if self.value_heads != self.heads:
             dq, dk = (d.unflatten(2, (self.heads, -1)).sum(3).to(self.q.dtype) for d in (dq, dk))
         rate = None if self.x.g is None else dg.sum((0, 1)) if self.x.gate == CONSTANT else dg
         return dq, dk, dv, rate, dbeta if self.delta else None
+
+
+@lru_cache(maxsize=64)
+def _num_multiprocessors(device: torch.device) -> int:
+    """1 in the interpreter, where nothing is gained by more programs."""
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1

@@ -2,6 +2,9 @@
 
 O     = s (Q ⊙ e^G) S + P V'         P = s · tril(q kᵀ under decay)         output_kernel
 dV_in = Pᵀ dO                                                                values_grad_kernel
+
+Under a gate, a state that crosses a border fades. Chunks where nothing of it is left in fp32 (``is_reached``) need not wait for
+it: kernels pass over the chunks of one sort (argument ``REACH``) and leave the others alone.
 """
 
 # pyright: reportPossiblyUnboundVariable=false, reportOperatorIssue=false, reportGeneralTypeIssues=false
@@ -23,6 +26,32 @@ from distattn.kernels.linear.triton_rows import (
     row_gate,
     store_tile,
 )
+
+# Which chunks to compute (argument ``REACH``).
+REACH_ALL = tl.constexpr(0)
+REACH_FAR = tl.constexpr(1)
+REACH_NEAR = tl.constexpr(2)
+
+FADED_POWERS = tl.constexpr(150.0)
+"""Powers of two: a factor of 2^−150 is 0 in fp32."""
+
+
+@triton.jit
+def is_reached(
+    rows, sums, i_piece, i_b, i_h, i_m, num_chunks,
+    HV: tl.constexpr, K: tl.constexpr, BLOCK_K: tl.constexpr, GATE: tl.constexpr,
+):  # fmt: skip
+    """Whether the piece has a state that crosses its border, of which anything is left at this chunk. Arguments as add_late."""
+    at = (i_b * num_chunks + i_m) * HV + i_h
+    if GATE == GATE_VECTOR:
+        b_top = tl.full([BLOCK_K], -float("inf"), tl.float32)
+        for i_k in range(0, K, BLOCK_K):
+            o_k = i_k + tl.arange(0, BLOCK_K)
+            b_top = tl.maximum(b_top, tl.load(sums + at * K + o_k, mask=o_k < K, other=-float("inf")))
+        top = tl.max(b_top, 0)
+    else:
+        top = tl.load(sums + at)
+    return (tl.load(rows + i_piece) >= 0) & (top > -FADED_POWERS)
 
 
 @triton.jit
@@ -59,13 +88,16 @@ def scalar_scores(b_P, g, i_b, i_h, row0, num_valid, num_rows, HV: tl.constexpr,
 def output_kernel(
     q, k, values, g, P, h, late, prefix, o, cu_seqlens, chunks, rows_late, scale, num_rows, num_chunks, num_late,
     H: tl.constexpr, HV: tl.constexpr, K: tl.constexpr, V: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr,
-    GATE: tl.constexpr, LATE: tl.constexpr, COMPUTE: tl.constexpr, PRECISION: tl.constexpr,
+    GATE: tl.constexpr, LATE: tl.constexpr, REACH: tl.constexpr, COMPUTE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """o [B, T, HV, V]. P is read for a vector of gates only, whose q is Qr, with HV heads.
 
-    LATE: add what entered late pieces, as ``prefix`` decays it.
+    LATE: add what entered late pieces, as ``prefix`` decays it. REACH: which chunks to compute, by what that leaves of it.
     """
     i_b, i_h, i_m, i_piece, i_chunk = program_chunk(chunks, num_chunks, HV)
+    if REACH != REACH_ALL:  # noqa: SIM102 - one is known when compiling
+        if is_reached(rows_late, prefix, i_piece, i_b, i_h, i_m, num_chunks, HV, K, BLOCK_K, GATE) != (REACH == REACH_NEAR):
+            return
     row0, num_valid = chunk_rows(cu_seqlens, i_piece, i_chunk)
     o_r, o_v = tl.arange(0, CHUNK), tl.program_id(1) * BLOCK_V + tl.arange(0, BLOCK_V)
     m_row = o_r < num_valid

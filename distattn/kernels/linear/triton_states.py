@@ -151,14 +151,14 @@ def state_grad_kernel(
     cu_seqlens, first_chunk, rows_enter, rows_late, rows_emit, rows_final, only,
     scale, num_rows, num_chunks, num_pieces, num_enter, num_late, num_emit, num_final,
     H: tl.constexpr, HV: tl.constexpr, K: tl.constexpr, V: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr,
-    GATE: tl.constexpr, DELTA: tl.constexpr, LATE: tl.constexpr, ONLY: tl.constexpr, PREFIX: tl.constexpr,
-    COMPUTE: tl.constexpr, PRECISION: tl.constexpr,
+    GATE: tl.constexpr, DELTA: tl.constexpr, LATE: tl.constexpr, ONLY: tl.constexpr, STORE: tl.constexpr,
+    PREFIX: tl.constexpr, COMPUTE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """dh [B, M, HV, K, V]: gradient of the state that leaves each chunk. dvalues (dV') [B, T, HV, V].
 
-    LATE: what emitting pieces left has the gradient ``dleft``, else zero. emitted, dentering: gradients of the states that
-    enter the pieces in ``late`` and ``enter``. PREFIX: suffix, the gate's sums after each chunk. Of a vector of gates, q is Qr.
-    The rest as state_kernel.
+    STORE: dh and dvalues. LATE: what emitting pieces left has the gradient ``dleft``, else zero. emitted, dentering: gradients
+    of the states that enter the pieces in ``late`` and ``enter``. PREFIX: suffix, the gate's sums after each chunk. Of a vector
+    of gates, q is Qr. The rest as state_kernel.
     """
     i_b, i_h, i_n, i_k, i_v = piece_program(num_pieces, HV, K, BLOCK_K)
     if ONLY:  # noqa: SIM102 - one is known when compiling
@@ -187,7 +187,8 @@ def state_grad_kernel(
     for i_step in range(num_steps):
         num_valid = tl.minimum(end - row0, CHUNK)
         m_row = o_r < num_valid
-        store_state(p_dh, b_dS, o_k, o_v, True, K, V)
+        if STORE:
+            store_state(p_dh, b_dS, o_k, o_v, True, K, V)
         if PREFIX:
             store_sums(suffix, b_sum, (i_b * num_chunks + i_m + num_steps - 1 - i_step) * HV + i_h, o_k, i_k, i_v, K, GATE)
         b_q = load_tile(p_q, m_row, o_r, o_k, H * K, K)
@@ -209,7 +210,8 @@ def state_grad_kernel(
             if GATE != GATE_NONE and GATE != GATE_VECTOR:
                 b_dv *= tl.exp2(last - b_G)[:, None]
             b_dv += b_in
-            store_tile(p_dv, b_dv, m_row, o_r, o_v, HV * V, V)
+            if STORE:
+                store_tile(p_dv, b_dv, m_row, o_r, o_v, HV * V, V)
         if GATE == GATE_VECTOR:
             b_dS *= tl.exp2(b_last)[:, None]
             b_sum += b_last

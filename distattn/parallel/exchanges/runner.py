@@ -14,6 +14,10 @@ from distattn.parallel.exchanges.operators import BoundaryOp, Map, StateShape
 from distattn.parallel.exchanges.table import Table
 from distattn.parallel.transport.base import Message, Pending, Transport
 
+HEAD_START_CYCLES = 25_000
+"""Some 15 µs that the first transfer has before what is computed next: a transfer that is placed after a kernel that fills the
+device begins when that kernel ends, and another rank waits for it."""
+
 
 @dataclass(frozen=True)
 class Part:
@@ -99,7 +103,8 @@ class ExchangeRun:
     """One exchange in progress: ``start``, other work, ``finish``.
 
     maps: of this rank's links, by number; a link that begins a chain needs no transition. On CUDA everything is queued on a
-    stream of its own at ``start``, and the host never waits; on CPU ``start`` posts what waits for nobody.
+    stream of its own at ``start``, the host never waits, and what is queued afterwards leaves the first transfer a head start;
+    on CPU ``start`` posts what waits for nobody.
     """
 
     def __init__(
@@ -114,16 +119,21 @@ class ExchangeRun:
         self._results: dict[int, Tensor] = {}
         self._steps = self._run()
         self._stream = _side_stream(shape.device) if shape.device.type == "cuda" and lowered.posts else None
+        self._ready: torch.cuda.Event | None = None
 
     def start(self) -> None:
         """Post what can be posted."""
         if self._stream is None:
             next(self._steps, None)
             return
-        self._stream.wait_stream(torch.cuda.current_stream(self.shape.device))
+        current = torch.cuda.current_stream(self.shape.device)
+        self._stream.wait_stream(current)
         with torch.cuda.stream(self._stream):
             for _ in self._steps:
                 pass
+        if self._ready is not None:
+            current.wait_event(self._ready)
+            torch.cuda._sleep(HEAD_START_CYCLES)
 
     def finish(self) -> dict[int, Tensor]:
         """The state that enters each of this rank's links but those that begin a chain."""
@@ -216,6 +226,9 @@ class ExchangeRun:
             post.issue, post.due, send.view(torch.uint8), receive.view(torch.uint8),
             [n * width for n in send_splits], [n * width for n in receive_splits], lambda: self._describe(post),
         )  # fmt: skip
+        if self._stream is not None and self._ready is None and (post.sends or post.receives):
+            self._ready = torch.cuda.Event()
+            self._ready.record(self._stream)
         self._in_flight[number] = message, self.transport.post(message)
 
     def _receive(self, number: int) -> None:
