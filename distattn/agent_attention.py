@@ -14,14 +14,10 @@ whatever their length.
 from __future__ import annotations
 
 import hashlib
-import itertools
 import logging
-import threading
-import weakref
-from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 import numpy as np
@@ -35,12 +31,11 @@ from distattn.linear_planning import place_rows, transport_of
 from distattn.parallel.agreement import board_of
 from distattn.parallel.exchanges import Stream, cut_stream
 from distattn.parallel.layout import Layout
-from distattn.parallel.per_group import PerGroup
+from distattn.parallel.plan_store import PlanStore
 from distattn.parallel.reduction import reduce_over_ranks
 from distattn.parallel.transport.collective import Collective
 
 _log = logging.getLogger(__name__)
-_CACHE_SIZE = 64
 
 
 def agent_attention(
@@ -151,11 +146,7 @@ class _Plan:
         return [(at, here[int(document)]) for at, document in enumerate(self.crossing) if int(document) in here]
 
 
-_lock = threading.Lock()
-_handles = itertools.count(1)
-_plans: weakref.WeakValueDictionary[int, _Plan] = weakref.WeakValueDictionary()
-_local_cache: OrderedDict[_Wanted, _Plan] = OrderedDict()
-_group_caches: PerGroup[OrderedDict[_Wanted, _Plan]] = PerGroup()
+_plans: PlanStore[_Wanted, _Plan] = PlanStore()
 
 
 def _prepare_eagerly(
@@ -164,25 +155,19 @@ def _prepare_eagerly(
 ) -> _Plan:  # fmt: skip
     documents = None if cu_seqlens is None else np.asarray(cu_seqlens, np.int64).reshape(-1).tobytes()
     w = _Wanted(tuple(q.shape), v.shape[-1], state_dtype(q.dtype), q.device, agents, layout, documents, timeout_s)
-    cache = _local_cache if group is None else _group_caches.setdefault(group, OrderedDict())
-    with _lock:
-        if w in cache:
-            cache.move_to_end(w)
-            return cache[w]
+    return _plans.find_or_make(w, group, partial(_make, w, group))
+
+
+def _make(w: _Wanted, group: dist.ProcessGroup | None, handle: int) -> _Plan:
     rank, num_ranks = (0, 1) if group is None else (dist.get_rank(group), dist.get_world_size(group))
-    placed, starts = place_rows(w.shape[1], num_ranks, rank, layout, documents)
+    placed, starts = place_rows(w.shape[1], num_ranks, rank, w.layout, w.documents)
     if group is not None:
         digest = hashlib.blake2b(starts.tobytes(), digest_size=16).hexdigest()
         batch, _, heads, width = w.shape
-        shown = f"batch={batch} heads={heads} head_dim={width} value_dim={w.columns} dtype={w.dtype} num_agents={agents}"
+        shown = f"batch={batch} heads={heads} head_dim={width} value_dim={w.columns} dtype={w.dtype} num_agents={w.agents}"
         board_of(group).agree(f"agent_attention {shown} layout={placed.digest} documents={digest}")
-    transport = None if group is None else transport_of(group, timeout_s)
-    made = _Plan(w, cut_stream(placed, starts), rank, transport, next(_handles))
-    with _lock:
-        _plans[made.handle] = made
-        cache[w] = made
-        if len(cache) > _CACHE_SIZE:
-            cache.popitem(last=False)
+    transport = None if group is None else transport_of(group, w.timeout_s)
+    made = _Plan(w, cut_stream(placed, starts), rank, transport, handle)
     if rank == 0:
         _log.info("agent attention over %d ranks: %d documents are on several", num_ranks, len(made.crossing))
     return made

@@ -3,13 +3,9 @@
 from __future__ import annotations
 
 import hashlib
-import itertools
 import logging
-import threading
-import weakref
-from collections import OrderedDict
 from dataclasses import dataclass, fields
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 import numpy as np
@@ -17,7 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from distattn.errors import InputError, PlanError
+from distattn.errors import InputError
 from distattn.kernels.linear import KINDS, LinearBackend, LinearCase, Pieces, choose_linear_backend
 from distattn.kernels.linear.protocol import NONE, VECTOR
 from distattn.kernels.linear.reference import state_dtype
@@ -30,19 +26,18 @@ from distattn.parallel.exchanges import (
     StateShape,
     Stream,
     Table,
-    choose_exchange,
     cut_stream,
-    default_options,
     find_exchange,
     lower_exchange,
+    pick_exchange,
 )
 from distattn.parallel.hardware import Hardware, find_hardware
 from distattn.parallel.layout import Layout
 from distattn.parallel.per_group import PerGroup
+from distattn.parallel.plan_store import PlanStore
 from distattn.parallel.transport.collective import Collective, group_device
 
 _log = logging.getLogger(__name__)
-_CACHE_SIZE = 64
 
 
 @dataclass(frozen=True)
@@ -189,11 +184,7 @@ def boundary_operator(kind: str, gate: str) -> BoundaryOp:
     return OPERATORS["identity" if gate == NONE else "diagonal" if gate == VECTOR else "scalar"]
 
 
-_lock = threading.Lock()
-_handles = itertools.count(1)
-_plans: weakref.WeakValueDictionary[int, LinearPlan] = weakref.WeakValueDictionary()
-_local_cache: OrderedDict[LinearRequest, LinearPlan] = OrderedDict()
-_group_caches: PerGroup[OrderedDict[LinearRequest, LinearPlan]] = PerGroup()
+_plans: PlanStore[LinearRequest, LinearPlan] = PlanStore()
 _transports: PerGroup[dict[float | None, Collective]] = PerGroup()
 
 
@@ -208,21 +199,15 @@ def plan_linear(request: LinearRequest, group: dist.ProcessGroup | None) -> Line
     Raises InputError where rows, documents and layout do not fit, PlanError for the exchange, UnsupportedError where no kernel
     computes the case, and AgreementError where ranks made different calls.
     """
-    cache = _local_cache if group is None else _group_caches.setdefault(group, OrderedDict())
-    with _lock:
-        if request in cache:
-            cache.move_to_end(request)
-            return cache[request]
+    return _plans.find_or_make(request, group, partial(_agree_and_make, request, group))
+
+
+def _agree_and_make(request: LinearRequest, group: dist.ProcessGroup | None, handle: int) -> LinearPlan:
     rank = 0 if group is None else dist.get_rank(group)
     layout, documents = place_rows(request.rows, request.num_ranks, rank, request.layout, request.cu_seqlens)
     if group is not None:
         board_of(group).agree(f"linear_attention {request.summary(layout)}")
-    made = _make(request, group, rank, layout, documents)
-    with _lock:
-        _plans[made.handle] = made
-        cache[request] = made
-        if len(cache) > _CACHE_SIZE:
-            cache.popitem(last=False)
+    made = _make(request, group, rank, layout, documents, handle)
     if rank == 0:
         _log.info("linear attention:\n%s", made.describe())
     return made
@@ -253,7 +238,9 @@ def place_rows(
     return layout, documents
 
 
-def _make(r: LinearRequest, group: dist.ProcessGroup | None, rank: int, layout: Layout, documents: np.ndarray) -> LinearPlan:
+def _make(
+    r: LinearRequest, group: dist.ProcessGroup | None, rank: int, layout: Layout, documents: np.ndarray, handle: int
+) -> LinearPlan:
     stream = cut_stream(layout, documents)
     op = boundary_operator(r.kind, r.gate)
     name, options, why = _pick_exchange(r, op, stream, group)
@@ -276,7 +263,7 @@ def _make(r: LinearRequest, group: dist.ProcessGroup | None, rank: int, layout: 
         backend=backend,
         transport=None if group is None else transport_of(group, r.timeout_s),
         reasons={"exchange": why, "kernel": why_kernel},
-        handle=next(_handles),
+        handle=handle,
     )
 
 
@@ -306,15 +293,7 @@ def _pick_exchange(r: LinearRequest, op: BoundaryOp, stream: Stream, group: dist
     state = float(np.prod(op.state_size(shape, r.value_heads, r.value_dim))) * width
     transition = float(np.prod(op.transition_size(shape, r.value_heads) or (0,))) * width
     links = stream.chains.longest
-    if r.exchange == "auto":
-        if r.options is not None:
-            raise PlanError('options belong to one exchange: name it instead of exchange="auto"')
-        name, why = choose_exchange(rates, links, state, transition)
-        return name, default_options(name, rates, links, state), why
-    exchange = find_exchange(r.exchange)
-    if r.options is not None and not isinstance(r.options, exchange.options):
-        raise PlanError(f"options of {r.exchange} must be {exchange.options.__name__}, got {type(r.options).__name__}")
-    return r.exchange, r.options or default_options(r.exchange, rates, links, state), "given by the caller"
+    return pick_exchange(r.exchange, r.options, rates, links, state, transition)
 
 
 def transport_of(group: dist.ProcessGroup, timeout_s: float | None = None) -> Collective:

@@ -3,13 +3,9 @@
 from __future__ import annotations
 
 import hashlib
-import itertools
 import logging
-import threading
-import weakref
-from collections import OrderedDict
 from dataclasses import dataclass, fields
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 import numpy as np
@@ -33,11 +29,10 @@ from distattn.parallel.exchanges import (
 from distattn.parallel.exchanges.operators import Block
 from distattn.parallel.hardware import Hardware
 from distattn.parallel.layout import Layout
-from distattn.parallel.per_group import PerGroup
+from distattn.parallel.plan_store import PlanStore
 from distattn.parallel.transport.collective import Collective
 
 _log = logging.getLogger(__name__)
-_CACHE_SIZE = 64
 
 
 @dataclass(frozen=True)
@@ -213,11 +208,7 @@ class MemoryPlan:
         )
 
 
-_lock = threading.Lock()
-_handles = itertools.count(1)
-_plans: weakref.WeakValueDictionary[int, MemoryPlan] = weakref.WeakValueDictionary()
-_local_cache: OrderedDict[MemoryRequest, MemoryPlan] = OrderedDict()
-_group_caches: PerGroup[OrderedDict[MemoryRequest, MemoryPlan]] = PerGroup()
+_plans: PlanStore[MemoryRequest, MemoryPlan] = PlanStore()
 
 
 def memory_plan_of(handle: int) -> MemoryPlan:
@@ -231,11 +222,10 @@ def plan_memory(request: MemoryRequest, group: dist.ProcessGroup | None) -> Memo
     Raises InputError where rows, documents and layout do not fit, PlanError for the exchange, AgreementError where ranks made
     different calls.
     """
-    cache = _local_cache if group is None else _group_caches.setdefault(group, OrderedDict())
-    with _lock:
-        if request in cache:
-            cache.move_to_end(request)
-            return cache[request]
+    return _plans.find_or_make(request, group, partial(_agree_and_make, request, group))
+
+
+def _agree_and_make(request: MemoryRequest, group: dist.ProcessGroup | None, handle: int) -> MemoryPlan:
     rank, num_ranks = (0, 1) if group is None else (dist.get_rank(group), dist.get_world_size(group))
     layout, documents = place_rows(request.rows, num_ranks, rank, request.layout, request.documents)
     seen = np.zeros(len(documents) - 1, np.int64) if request.seen is None else np.frombuffer(request.seen, np.int64)
@@ -245,18 +235,15 @@ def plan_memory(request: MemoryRequest, group: dist.ProcessGroup | None) -> Memo
         )
     if group is not None:
         board_of(group).agree(f"momentum_memory {request.summary(layout, documents)}")
-    made = _make(request, group, rank, cut_stream(layout, documents), seen)
-    with _lock:
-        _plans[made.handle] = made
-        cache[request] = made
-        if len(cache) > _CACHE_SIZE:
-            cache.popitem(last=False)
+    made = _make(request, group, rank, cut_stream(layout, documents), seen, handle)
     if rank == 0:
         _log.info("%s", made.describe())
     return made
 
 
-def _make(r: MemoryRequest, group: dist.ProcessGroup | None, rank: int, stream: Stream, seen: np.ndarray) -> MemoryPlan:
+def _make(
+    r: MemoryRequest, group: dist.ProcessGroup | None, rank: int, stream: Stream, seen: np.ndarray, handle: int
+) -> MemoryPlan:
     parts = 3 if r.final or (seen % r.chunk).any() or _cuts_chunks(stream, seen, r.chunk) else 2
     batch, heads, rows, columns = r.shape
     state = float(batch * heads * parts * rows * columns * r.dtype.itemsize)
@@ -275,7 +262,7 @@ def _make(r: MemoryRequest, group: dist.ProcessGroup | None, rank: int, stream: 
         forward=lower_exchange(exchange.plan(stream.chains, heads, columns, options), rank),
         backward=lower_exchange(exchange.plan(stream.chains.reversed(), heads, columns, options), rank),
         transport=None if group is None else transport_of(group, r.timeout_s),
-        handle=next(_handles),
+        handle=handle,
     )
 
 

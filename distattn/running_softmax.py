@@ -9,14 +9,10 @@ Attention whose query is the same for all tokens, so that a state of V + 2 numbe
 from __future__ import annotations
 
 import hashlib
-import itertools
 import logging
-import threading
-import weakref
-from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 import numpy as np
@@ -44,11 +40,10 @@ from distattn.parallel.exchanges import (
 )
 from distattn.parallel.hardware import Hardware, find_hardware
 from distattn.parallel.layout import Layout
-from distattn.parallel.per_group import PerGroup
+from distattn.parallel.plan_store import PlanStore
 from distattn.parallel.transport.collective import Collective, group_device
 
 _log = logging.getLogger(__name__)
-_CACHE_SIZE = 64
 
 
 def running_softmax(
@@ -132,7 +127,7 @@ def _prepare_eagerly(
     wanted = _Wanted(
         tuple(v.shape), _working_dtype(scores, v), v.device, exchange, layout, documents, options, hardware, timeout_s
     )
-    return _plan(wanted, group)
+    return _plans.find_or_make(wanted, group, partial(_make, wanted, group))
 
 
 def _prepare(*args: Any) -> _Plan:
@@ -204,19 +199,10 @@ class _Plan:
         return cut_levels(resets, backward=False, device=device), cut_levels(resets, backward=True, device=device)
 
 
-_lock = threading.Lock()
-_handles = itertools.count(1)
-_plans: weakref.WeakValueDictionary[int, _Plan] = weakref.WeakValueDictionary()
-_local_cache: OrderedDict[_Wanted, _Plan] = OrderedDict()
-_group_caches: PerGroup[OrderedDict[_Wanted, _Plan]] = PerGroup()
+_plans: PlanStore[_Wanted, _Plan] = PlanStore()
 
 
-def _plan(w: _Wanted, group: dist.ProcessGroup | None) -> _Plan:
-    cache = _local_cache if group is None else _group_caches.setdefault(group, OrderedDict())
-    with _lock:
-        if w in cache:
-            cache.move_to_end(w)
-            return cache[w]
+def _make(w: _Wanted, group: dist.ProcessGroup | None, handle: int) -> _Plan:
     rank, num_ranks = (0, 1) if group is None else (dist.get_rank(group), dist.get_world_size(group))
     layout, starts = place_rows(w.shape[1], num_ranks, rank, w.layout, w.documents)
     batch, _, heads, columns = w.shape
@@ -234,13 +220,8 @@ def _plan(w: _Wanted, group: dist.ProcessGroup | None) -> _Plan:
         forward=lower_exchange(exchange.plan(stream.chains, heads, columns, options), rank),
         backward=lower_exchange(exchange.plan(stream.chains.reversed(), heads, columns + 1, options), rank),
         transport=None if group is None else transport_of(group, w.timeout_s),
-        handle=next(_handles),
+        handle=handle,
     )
-    with _lock:
-        _plans[made.handle] = made
-        cache[w] = made
-        if len(cache) > _CACHE_SIZE:
-            cache.popitem(last=False)
     if rank == 0:
         _log.info("running softmax over %d ranks: exchange %s (%s)", num_ranks, name, reason)
     return made

@@ -9,13 +9,9 @@ saves, so a checkpointed layer does not repeat it.
 
 from __future__ import annotations
 
-import itertools
-import threading
-import weakref
-from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 import numpy as np
@@ -37,10 +33,8 @@ from distattn.parallel.exchanges import (
     lower_exchange,
 )
 from distattn.parallel.layout import Layout
-from distattn.parallel.per_group import PerGroup
+from distattn.parallel.plan_store import PlanStore
 from distattn.parallel.transport.collective import Collective
-
-_CACHE_SIZE = 64
 
 
 def short_convolution(
@@ -130,11 +124,7 @@ class _Plan:
         return self._taps[device]
 
 
-_lock = threading.Lock()
-_handles = itertools.count(1)
-_plans: weakref.WeakValueDictionary[int, _Plan] = weakref.WeakValueDictionary()
-_local_cache: OrderedDict[tuple, _Plan] = OrderedDict()
-_group_caches: PerGroup[OrderedDict[tuple, _Plan]] = PerGroup()
+_plans: PlanStore[tuple, _Plan] = PlanStore()
 
 
 def _plan(
@@ -143,31 +133,27 @@ def _plan(
 ) -> _Plan:  # fmt: skip
     documents = None if cu_seqlens is None else np.asarray(cu_seqlens, np.int64).tobytes()
     key = (rows, channels, width, layout, documents, timeout_s)
-    cache = _local_cache if group is None else _group_caches.setdefault(group, OrderedDict())
-    with _lock:
-        if key in cache:
-            cache.move_to_end(key)
-            return cache[key]
+    return _plans.find_or_make(key, group, partial(_make, *key, group))
+
+
+def _make(
+    rows: int, channels: int, width: int, layout: Layout | None, documents: bytes | None, timeout_s: float | None,
+    group: dist.ProcessGroup | None, handle: int,
+) -> _Plan:  # fmt: skip
     rank, num_ranks = (0, 1) if group is None else (dist.get_rank(group), dist.get_world_size(group))
     placed, starts = place_rows(rows, num_ranks, rank, layout, documents)
     stream = cut_stream(placed, starts)
     chains = stream.halo_chains(width - 1)
     serial = EXCHANGES["serial"]
-    made = _Plan(
+    return _Plan(
         stream=stream,
         rank=rank,
         width=width,
         forward=lower_exchange(serial.plan(chains, 1, channels), rank),
         backward=lower_exchange(serial.plan(chains.reversed(), 1, channels), rank),
         transport=None if group is None else transport_of(group, timeout_s),
-        handle=next(_handles),
+        handle=handle,
     )
-    with _lock:
-        _plans[made.handle] = made
-        cache[key] = made
-        if len(cache) > _CACHE_SIZE:
-            cache.popitem(last=False)
-    return made
 
 
 # Halos [B, pieces, W − 1, C] of the late pieces, and the way back of their gradients.
