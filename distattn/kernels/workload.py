@@ -136,11 +136,11 @@ def _rows_of_blocks(tiles: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarr
 def _longest(tiles: np.ndarray, of_launch: np.ndarray) -> float:
     """Most key blocks that a block of queries sees, over all tiles of its launch and heads; summed over launches."""
     tile, first, blocks, _ = _rows_of_blocks(tiles)
-    place = np.stack([of_launch[tile], tiles[tile, T_H0], first // BLOCK], 1)
-    places, index = np.unique(place, axis=0, return_inverse=True)
-    together = np.bincount(index.reshape(-1), weights=blocks)
+    heads, rows = int(tiles[:, T_H0].max(initial=0)) + 1, int(first.max(initial=0)) // BLOCK + 1
+    places, index = np.unique((of_launch[tile] * heads + tiles[tile, T_H0]) * rows + first // BLOCK, return_inverse=True)
+    together = np.bincount(index, weights=blocks)
     longest = np.zeros(int(of_launch.max()) + 1)
-    np.maximum.at(longest, places[:, 0], together)
+    np.maximum.at(longest, places // (heads * rows), together)
     return float(longest.sum())
 
 
@@ -157,8 +157,9 @@ def _covered_rows(tiles: np.ndarray, of_launch: np.ndarray) -> np.ndarray:
     order = np.lexsort((tiles[:, T_Q0], tiles[:, T_H0], of_launch))
     q0, q1 = tiles[order, T_Q0], tiles[order, T_Q1]
     # Launches and heads are set apart along one axis, so that one running maximum serves all.
-    _, apart = np.unique(np.stack([of_launch, tiles[:, T_H0]], 1)[order], axis=0, return_inverse=True)
-    offset = apart.reshape(-1) * (int(q1.max(initial=0)) + 1)
+    heads = int(tiles[:, T_H0].max(initial=0)) + 1
+    _, apart = np.unique((of_launch * heads + tiles[:, T_H0])[order], return_inverse=True)
+    offset = apart * (int(q1.max(initial=0)) + 1)
     ends = np.maximum.accumulate(q1 + offset)
     before = np.concatenate([[0], ends[:-1]])
     added = np.empty(len(tiles), np.int64)
