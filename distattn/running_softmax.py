@@ -31,6 +31,7 @@ from distattn.parallel.exchanges import (
     LinkRates,
     LoweredExchange,
     Map,
+    OwnPieces,
     StateShape,
     Stream,
     cut_stream,
@@ -158,43 +159,20 @@ class _Wanted:
 
 @dataclass(frozen=True, eq=False)
 class _Plan:
-    """One shape over one stream on this rank. Pieces are numbered locally unless said otherwise."""
+    """One shape over one stream on this rank."""
 
     wanted: _Wanted
-    stream: Stream
-    rank: int
+    pieces: OwnPieces
     forward: LoweredExchange
     backward: LoweredExchange
     transport: Collective | None
     handle: int
 
     @cached_property
-    def numbers(self) -> np.ndarray:
-        """Global number of each local piece."""
-        return self.stream.of_rank(self.rank)
-
-    @cached_property
-    def bounds(self) -> list[tuple[int, int]]:
-        """First local row of each local piece, and one past its last."""
-        lengths = self.stream.bounds[self.numbers, 1] - self.stream.bounds[self.numbers, 0]
-        ends = np.cumsum(lengths)
-        return list(zip((ends - lengths).tolist(), ends.tolist(), strict=True))
-
-    @cached_property
-    def late(self) -> list[int]:
-        """Pieces that a state enters: they do not begin their document."""
-        return np.flatnonzero(~self.stream.starts_document[self.numbers]).tolist()
-
-    @cached_property
-    def emit(self) -> list[int]:
-        """Pieces that a state leaves: they do not end their document."""
-        return np.flatnonzero(~self.stream.ends_document[self.numbers]).tolist()
-
-    @cached_property
     def levels(self) -> tuple[list[Level], list[Level]]:
         """Of the scan over all pieces and of its backward."""
         resets = np.zeros(self.wanted.shape[1], bool)
-        resets[[begin for begin, _ in self.bounds]] = True
+        resets[self.pieces.rows[:, 0]] = True
         device = self.wanted.device
         return cut_levels(resets, backward=False, device=device), cut_levels(resets, backward=True, device=device)
 
@@ -215,8 +193,7 @@ def _make(w: _Wanted, group: dist.ProcessGroup | None, handle: int) -> _Plan:
     exchange = find_exchange(name)
     made = _Plan(
         wanted=w,
-        stream=stream,
-        rank=rank,
+        pieces=OwnPieces(stream, rank),
         forward=lower_exchange(exchange.plan(stream.chains, heads, columns, options), rank),
         backward=lower_exchange(exchange.plan(stream.chains.reversed(), heads, columns + 1, options), rank),
         transport=None if group is None else transport_of(group, w.timeout_s),
@@ -242,22 +219,22 @@ def _running_softmax(scores: Tensor, v: Tensor, plan: int) -> tuple[Tensor, Tens
     made = _plans[plan]
     w = made.wanted
     batch, rows, heads, columns = w.shape
-    entered = torch.empty((batch, len(made.late), heads), dtype=w.dtype, device=w.device)
+    entered = torch.empty((batch, len(made.pieces.late), heads), dtype=w.dtype, device=w.device)
     if not rows:
         _travel(made, {}, backward=False)
         return v.new_empty(v.shape), entered.new_empty(w.shape[:3]), entered
     lse, o = scan(scores.to(w.dtype), v.to(w.dtype), made.levels[0])
     maps = {}
-    for piece in made.emit:
-        last = made.bounds[piece][1] - 1
+    for piece in made.pieces.emit:
+        last = made.pieces.rows[piece][1] - 1
         m = lse[:, last, :, None]
         maps[piece] = Map(None, torch.cat([m, torch.ones_like(m), o[:, last]], -1))
     states = _travel(made, maps, backward=False)
-    for i, piece in enumerate(made.late):
+    for i, piece in enumerate(made.pieces.late):
         m, u, weighted = states[piece].split([1, 1, columns], -1)
         l_in = (m + u.log())[..., 0]
         o_in = torch.where(u > 0, weighted / u, 0.0)
-        here = slice(*made.bounds[piece])
+        here = slice(*made.pieces.rows[piece])
         lse[:, here], o[:, here] = merge(lse[:, here], o[:, here], l_in[:, None], o_in[:, None])
         entered[:, i] = l_in
     return o.to(v.dtype), lse.contiguous(), entered
@@ -268,7 +245,7 @@ def _(scores: Tensor, v: Tensor, plan: int) -> tuple[Tensor, Tensor, Tensor]:
     made = _plans[plan]
     batch, _, heads, _ = made.wanted.shape
     dtype = made.wanted.dtype
-    entered = v.new_empty((batch, len(made.late), heads), dtype=dtype)
+    entered = v.new_empty((batch, len(made.pieces.late), heads), dtype=dtype)
     return v.new_empty(v.shape), v.new_empty(scores.shape, dtype=dtype), entered
 
 
@@ -285,13 +262,13 @@ def _running_softmax_backward(
     given = torch.cat([do, (o.to(dtype) * do).sum(-1, keepdim=True) - dlse[..., None]], -1)
     y = gather(s, lse, given, made.levels[1])
     maps = {}
-    for i, piece in enumerate(made.late):
-        begin, end = made.bounds[piece]
+    for i, piece in enumerate(made.pieces.late):
+        begin, end = made.pieces.rows[piece]
         factor = (entered[:, i, None] - finite(lse[:, begin:end])).exp()
         maps[piece] = Map(factor[:, -1], torch.einsum("bth,bthx->bhx", factor, given[:, begin:end])[:, :, None])
     gradients = _travel(made, maps, backward=True)
-    for piece in made.emit:
-        begin, end = made.bounds[piece]
+    for piece in made.pieces.emit:
+        begin, end = made.pieces.rows[piece]
         factor = (s[:, begin:end] - finite(lse[:, end - 1 : end])).exp()
         y[:, begin:end] += factor[..., None] * gradients[piece][:, None, :, 0]
     dv, drest = y[..., :columns], y[..., columns]
@@ -325,8 +302,8 @@ def _travel(made: _Plan, maps: dict[int, Map], *, backward: bool) -> dict[int, T
     op = OPERATORS["scalar" if backward else "softmax"]
     run = ExchangeRun(
         made.backward if backward else made.forward, op, made.wanted.state(columns),
-        {int(made.numbers[piece]): held for piece, held in maps.items()}, made.transport, label="running softmax",
+        {int(made.pieces.numbers[piece]): held for piece, held in maps.items()}, made.transport, label="running softmax",
     )  # fmt: skip
     run.start()
     states = run.finish()
-    return {piece: states[int(number)] for piece, number in enumerate(made.numbers) if int(number) in states}
+    return {piece: states[int(number)] for piece, number in enumerate(made.pieces.numbers) if int(number) in states}

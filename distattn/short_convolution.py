@@ -27,8 +27,8 @@ from distattn.parallel.exchanges import (
     ExchangeRun,
     LoweredExchange,
     Map,
+    OwnPieces,
     StateShape,
-    Stream,
     cut_stream,
     lower_exchange,
 )
@@ -68,8 +68,7 @@ def short_convolution(
 class _Plan:
     """The halos of one stream and width on this rank."""
 
-    stream: Stream
-    rank: int
+    pieces: OwnPieces
     width: int
     forward: LoweredExchange
     backward: LoweredExchange
@@ -77,36 +76,14 @@ class _Plan:
     handle: int
 
     @cached_property
-    def numbers(self) -> np.ndarray:
-        """Global number of each local piece."""
-        return self.stream.of_rank(self.rank)
-
-    @cached_property
-    def bounds(self) -> np.ndarray:
-        """First local row of each local piece, and one past its last: int64 [n, 2]."""
-        lengths = self.stream.bounds[self.numbers, 1] - self.stream.bounds[self.numbers, 0]
-        ends = np.cumsum(lengths)
-        return np.stack([ends - lengths, ends], 1)
-
-    @cached_property
-    def late(self) -> np.ndarray:
-        """Local pieces that have a halo: they do not begin their document."""
-        return np.flatnonzero(~self.stream.starts_document[self.numbers])
-
-    @cached_property
-    def emit(self) -> np.ndarray:
-        """Local pieces whose last rows another piece needs."""
-        return np.flatnonzero(~self.stream.ends_document[self.numbers])
-
-    @cached_property
     def taps(self) -> np.ndarray:
         """Where row t − j is for each j and local row t, among local rows, halos and a row of zeros: int64 [W, T]."""
-        rows = int(self.bounds[-1, 1]) if len(self.bounds) else 0
+        rows = int(self.pieces.rows[-1, 1]) if len(self.pieces.rows) else 0
         halo = self.width - 1
-        zero = rows + len(self.late) * halo
+        zero = rows + len(self.pieces.late) * halo
         taps = np.full((self.width, rows), zero)
-        place = {int(piece): i for i, piece in enumerate(self.late)}
-        for piece, (begin, end) in enumerate(self.bounds.tolist()):
+        place = {piece: i for i, piece in enumerate(self.pieces.late)}
+        for piece, (begin, end) in enumerate(self.pieces.rows.tolist()):
             t = np.arange(begin, end)
             for j in range(self.width):
                 inside = t - j >= begin
@@ -146,8 +123,7 @@ def _make(
     chains = stream.halo_chains(width - 1)
     serial = EXCHANGES["serial"]
     return _Plan(
-        stream=stream,
-        rank=rank,
+        pieces=OwnPieces(stream, rank),
         width=width,
         forward=lower_exchange(serial.plan(chains, 1, channels), rank),
         backward=lower_exchange(serial.plan(chains.reversed(), 1, channels), rank),
@@ -163,28 +139,28 @@ def _make(
 def _halo(x: Tensor, plan: int) -> Tensor:
     made = _plans[plan]
     tails = {}
-    for piece in made.emit.tolist():
-        begin, end = made.bounds[piece].tolist()
+    for piece in made.pieces.emit:
+        begin, end = made.pieces.rows[piece].tolist()
         tail = x[:, max(begin, end - made.width + 1) : end]
         missing = made.width - 1 - tail.shape[1]
         tails[piece] = torch.cat([tail.new_zeros((x.shape[0], missing, x.shape[2])), tail], 1) if missing else tail
-    return _travel(made, made.forward, tails, made.late, x)
+    return _travel(made, made.forward, tails, made.pieces.late, x)
 
 
 @_halo.register_fake
 def _(x: Tensor, plan: int) -> Tensor:
     made = _plans[plan]
-    return x.new_empty((x.shape[0], len(made.late), made.width - 1, x.shape[2]))
+    return x.new_empty((x.shape[0], len(made.pieces.late), made.width - 1, x.shape[2]))
 
 
 @torch.library.custom_op("distattn::halo_backward", mutates_args=())
 def _halo_backward(dhalo: Tensor, rows: int, plan: int) -> Tensor:
     made = _plans[plan]
-    given = {piece: dhalo[:, i] for i, piece in enumerate(made.late.tolist())}
-    dtails = _travel(made, made.backward, given, made.emit, dhalo)
+    given = {piece: dhalo[:, i] for i, piece in enumerate(made.pieces.late)}
+    dtails = _travel(made, made.backward, given, made.pieces.emit, dhalo)
     dx = dhalo.new_zeros((dhalo.shape[0], rows, dhalo.shape[-1]))
-    for i, piece in enumerate(made.emit.tolist()):
-        begin, end = made.bounds[piece].tolist()
+    for i, piece in enumerate(made.pieces.emit):
+        begin, end = made.pieces.rows[piece].tolist()
         kept = min(made.width - 1, end - begin)
         dx[:, end - kept : end] += dtails[:, i, made.width - 1 - kept :]
     return dx
@@ -207,20 +183,20 @@ def _differentiate(ctx: Any, dhalo: Tensor) -> tuple[Tensor, None]:
 _halo.register_autograd(_differentiate, setup_context=_save)
 
 
-def _travel(made: _Plan, lowered: LoweredExchange, given: dict[int, Tensor], wanted: np.ndarray, like: Tensor) -> Tensor:
+def _travel(made: _Plan, lowered: LoweredExchange, given: dict[int, Tensor], wanted: list[int], like: Tensor) -> Tensor:
     """One exchange: [B, W − 1, C] of some local pieces, to [B, wanted pieces, W − 1, C]."""
     batch, channels, rows = like.shape[0], like.shape[-1], made.width - 1
     shape = StateShape(batch, 1, rows, channels, like.dtype, like.device)
     sign = 1 if lowered is made.forward else -1
     maps = {}
     for piece, tail in given.items():
-        begin, end = made.bounds[piece].tolist()
+        begin, end = made.pieces.rows[piece].tolist()
         through = end - begin < rows
         shift = torch.full((batch, 1), float(sign * (end - begin)), device=like.device) if through else None
-        maps[int(made.numbers[piece])] = Map(shift, tail.unsqueeze(1))
+        maps[int(made.pieces.numbers[piece])] = Map(shift, tail.unsqueeze(1))
     run = ExchangeRun(lowered, OPERATORS["halo"], shape, maps, made.transport, label="halo")
     run.start()
     states = run.finish()
     empty = like.new_empty((batch, 0, rows, channels))
-    parts = [states[int(number)].squeeze(1) for number in made.numbers[wanted]]
+    parts = [states[int(number)].squeeze(1) for number in made.pieces.numbers[wanted]]
     return torch.stack(parts, 1) if parts else empty

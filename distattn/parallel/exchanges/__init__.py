@@ -15,7 +15,7 @@ from distattn.parallel.exchanges import all_gather, all_scan, serial, two_level
 from distattn.parallel.exchanges.cost import LinkRates, best_blocks, exchange_seconds
 from distattn.parallel.exchanges.operators import OPERATORS, BoundaryOp, Map, StateShape
 from distattn.parallel.exchanges.runner import ExchangeRun, LoweredExchange, lower_exchange
-from distattn.parallel.exchanges.stream import Chains, Stream, cut_stream
+from distattn.parallel.exchanges.stream import Chains, OwnPieces, Stream, cut_stream
 from distattn.parallel.exchanges.table import Table, verify_table
 
 __all__ = [
@@ -28,6 +28,7 @@ __all__ = [
     "LinkRates",
     "LoweredExchange",
     "Map",
+    "OwnPieces",
     "StateShape",
     "Stream",
     "Table",

@@ -105,6 +105,36 @@ class Stream:
         return Chains(self.num_ranks, ptr, links, self.rank)
 
 
+@dataclass(frozen=True, eq=False)
+class OwnPieces:
+    """The pieces of one rank, numbered from 0 in storage order."""
+
+    stream: Stream
+    rank: int
+
+    @cached_property
+    def numbers(self) -> np.ndarray:
+        """Number of each in the stream."""
+        return self.stream.of_rank(self.rank)
+
+    @cached_property
+    def rows(self) -> np.ndarray:
+        """First local row of each, and one past its last: int64 [n, 2]."""
+        lengths = self.stream.bounds[self.numbers, 1] - self.stream.bounds[self.numbers, 0]
+        ends = np.cumsum(lengths)
+        return np.stack([ends - lengths, ends], 1)
+
+    @cached_property
+    def late(self) -> list[int]:
+        """Those that a state enters: they do not begin their document."""
+        return np.flatnonzero(~self.stream.starts_document[self.numbers]).tolist()
+
+    @cached_property
+    def emit(self) -> list[int]:
+        """Those that a state leaves: they do not end their document."""
+        return np.flatnonzero(~self.stream.ends_document[self.numbers]).tolist()
+
+
 def cut_stream(layout: Layout, cu_seqlens: np.ndarray) -> Stream:
     """The pieces of every rank: runs of rows that follow one another in storage, cut at document starts."""
     order = np.argsort(layout.ranges[:, 0], kind="stable")
