@@ -300,20 +300,21 @@ def _(
 @torch.library.custom_op("distattn::linear_attention_backward", mutates_args=())
 def _linear_attention_backward(
     do: Tensor, dfinal: Tensor, q: Tensor, k: Tensor, v: Tensor, g: Tensor | None, beta: Tensor | None,
-    initial: Tensor | None, late: Tensor, transition: Tensor, plan: int, scale: float,
+    initial: Tensor | None, late: Tensor, transition: Tensor, plan: int, scale: float, with_dg: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     made = linear_plan_of(plan)
     own = _own_gradients(made, dfinal)
     if not made.pieces.num_rows:
         _travel(made, made.backward, {}, "backward").finish()
         dtype = state_dtype(q.dtype)
-        dg, dbeta = (q.new_empty(0) if x is None else torch.zeros_like(x, dtype=dtype) for x in (g, beta))
+        rates = (g if with_dg else None, beta)
+        dg, dbeta = (q.new_empty(0) if x is None else torch.zeros_like(x, dtype=dtype) for x in rates)
         grads = Gradients(torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(v), dg, dbeta, _no_states(made))
         return *grads[:3], dg, dbeta, _initial_gradient(made, initial, grads, own)
     pieces = made.pieces
     places = np.searchsorted(made.own_documents, made.documents_of(pieces.final))
     dleft = own.index_select(1, made.index("final", places)) if len(pieces.final) else _no_states(made)
-    x = Operands(q, k, v, g, beta, scale)
+    x = Operands(q, k, v, g, beta, scale, with_dg)
     running = made.backend.backward_begin(x, pieces, _entering(made, initial), late, do.to(v.dtype), dleft)
     maps = _maps(made, pieces.late, running.emitted, transition, adjoint=True)
     travel = _travel(made, made.backward, maps, "backward")
@@ -326,10 +327,11 @@ def _linear_attention_backward(
 @_linear_attention_backward.register_fake
 def _(
     do: Tensor, dfinal: Tensor, q: Tensor, k: Tensor, v: Tensor, g: Tensor | None, beta: Tensor | None,
-    initial: Tensor | None, late: Tensor, transition: Tensor, plan: int, scale: float,
+    initial: Tensor | None, late: Tensor, transition: Tensor, plan: int, scale: float, with_dg: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     dtype = state_dtype(q.dtype)
-    rates = [q.new_empty(0) if x is None else torch.empty_like(x, dtype=dtype) for x in (g, beta)]
+    wanted = (g if with_dg else None, beta)
+    rates = [q.new_empty(0) if x is None else torch.empty_like(x, dtype=dtype) for x in wanted]
     start = q.new_empty(0) if initial is None else initial.new_empty(initial.shape)
     return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape), rates[0], rates[1], start
 
@@ -342,14 +344,15 @@ def _save(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor, Tensor, Tensor]
 
 def _differentiate(ctx: Any, do: Tensor, dfinal: Tensor, *_: Tensor) -> tuple:
     q, k, v, g, beta, initial, late, transition = ctx.saved_tensors
+    with_dg = ctx.needs_input_grad[3]
     dq, dk, dv, dg, dbeta, dinitial = _linear_attention_backward(
-        do, dfinal, q, k, v, g, beta, initial, late, transition, ctx.plan, ctx.scale
+        do, dfinal, q, k, v, g, beta, initial, late, transition, ctx.plan, ctx.scale, with_dg
     )
     return (
         dq,
         dk,
         dv,
-        None if g is None else dg.to(g.dtype),
+        None if g is None or not with_dg else dg.to(g.dtype),
         None if beta is None else dbeta.to(beta.dtype),
         None if initial is None else dinitial,
         None,

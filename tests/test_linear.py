@@ -108,6 +108,17 @@ def test_half_precision_keeps_its_dtypes() -> None:
     torch.testing.assert_close(o.double(), call()[0], atol=0.05, rtol=0.05)
 
 
+def test_a_decay_that_asks_for_no_gradient_gets_none() -> None:
+    assert X.g is not None
+    found = []
+    for wanted in (True, False):
+        q, k, v, g = (t.clone().requires_grad_() for t in (X.q, X.k, X.v, X.g))
+        call(q=q, k=k, v=v, decay=g if wanted else g.detach())[0].sum().backward()
+        found.append([t.grad for t in (q, k, v)])
+        assert (g.grad is not None) == wanted
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+
+
 # Dynamo looks at .grad of non-leaves where the graph breaks (torch 2.11 to 2.13).
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:UserWarning")
 def test_compiled() -> None:

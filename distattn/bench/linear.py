@@ -28,6 +28,7 @@ import typer
 
 import distattn
 from distattn.bench.linear_problem import Attend, LinearProblem, LinearShape, errors, fla, our_kernel, ours, parse_shapes
+from distattn.bench.linear_ranks import ALONE, FLA_CP
 from distattn.bench.linear_report import MAX_ERRORS, draw, table
 from distattn.bench.linear_timing import Clock, quantiles
 from distattn.bench.options import names, positive_integers
@@ -39,10 +40,7 @@ from distattn.parallel.exchanges import EXCHANGES
 
 PARTS = ("kernels", "lengths", "exchanges")
 PEERS = ("fla",)
-ALONE = "alone"
-"""Ranks that exchange nothing: each computes its rows as a document of its own."""
-
-RANK_ENGINES = (ALONE, *EXCHANGES, "auto", *PEERS)
+RANK_ENGINES = (ALONE, *EXCHANGES, "auto", FLA_CP)
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
@@ -103,7 +101,7 @@ def main(
 def is_bad(entry: tuple[str, dict[str, Any]]) -> bool:
     """Whether an engine of ours failed, or any result of ours is wrong."""
     name, found = entry
-    return name not in PEERS and bool("failed" in found or found.get("wrong"))
+    return name not in (*PEERS, FLA_CP) and bool("failed" in found or found.get("wrong"))
 
 
 def measure(

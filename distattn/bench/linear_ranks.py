@@ -3,7 +3,7 @@
     python -m distattn.bench.linear_ranks SETTINGS.json       (started by the command, once a rank)
 
 The exchanges of a cell run on the same inputs and the same kernels, call by call in turn, behind a barrier of the devices. Each
-rank checks its rows against one device that holds the whole stream, where that fits.
+rank checks its rows against one device that holds the whole stream, where that fits, and else against the first exchange.
 """
 
 from __future__ import annotations
@@ -31,7 +31,13 @@ MAX_ERROR = {"cuda": 1e-2, "cpu": 1e-4}
 """Relative error against one device at which a cell counts as wrong."""
 
 CHECKED_TOKENS = 1 << 18
-"""Of the whole stream: longer ones are not checked, since one device has no room for them."""
+"""Of the whole stream: one device has no room for longer ones."""
+
+ALONE = "alone"
+"""Ranks that exchange nothing: each computes its rows as a document of its own."""
+
+FLA_CP = "fla_cp"
+"""fla's own context parallelism."""
 
 TIMEOUT_S = 60.0
 
@@ -63,9 +69,9 @@ class Ranks:
 
     def engine(self, name: str, shape: LinearShape) -> Attend:
         """Raises UnsupportedError where fla has no context parallelism of the operator."""
-        if name == "alone":
+        if name == ALONE:
             return ours(shape)
-        if name != "fla":
+        if name != FLA_CP:
             return ours(shape, group=self.group, exchange=name, timeout_s=TIMEOUT_S)
         if shape.kind not in ("gated_delta", "kda"):
             raise UnsupportedError(f"fla has no context parallelism of {shape.kind}")
@@ -80,21 +86,24 @@ class Ranks:
         """Per engine: errors, then milliseconds of the slowest rank; alike on all ranks. Yields what there is at each step, so
         that a run that is cut short keeps it."""
         x = self.local(shape)
-        wanted = self.wanted(shape)
+        wanted, judge = self.wanted(shape), "one device"
         found: dict[str, dict[str, Any]] = {}
         calls: dict[str, Attend] = {}
         for name in self.settings.engines:
             attend, got, reason = self.first_call(name, x)
-            reasons = [text for text in self.everyone(reason) if text]
+            reasons = [reason for reason in self.everyone(reason) if reason]
             if reasons or attend is None:
-                found[name] = {"not_run": reasons[0]}
+                found[name] = reasons[0]
                 continue
-            found[name] = {"kernel": our_kernel(shape, self.device, x.q.dtype)} if name != "fla" else {}
-            if wanted is not None and name != "alone":
+            found[name] = {"kernel": our_kernel(shape, self.device, x.q.dtype)} if name != FLA_CP else {}
+            calls[name] = attend
+            if wanted is not None and name != ALONE:
                 errors = [_relative(a, b) for a, b in zip(got, wanted, strict=True)]
                 found[name]["error"] = max(max(e) for e in self.everyone(errors))
+                found[name]["checked_against"] = judge
                 found[name]["wrong"] = not found[name]["error"] <= MAX_ERROR[self.settings.device]
-            calls[name] = attend
+            elif name not in (ALONE, FLA_CP):
+                wanted, judge = got, name
             del got
         del wanted
         yield found
@@ -103,18 +112,20 @@ class Ranks:
                 found[name][f"{direction}_ms"] = quantiles(times)
             yield found
 
-    def first_call(self, name: str, x: LinearProblem) -> tuple[Attend | None, tuple[Tensor, ...], str | None]:
+    def first_call(self, name: str, x: LinearProblem) -> tuple[Attend | None, tuple[Tensor, ...], dict[str, str] | None]:
         """(the engine, its results, None), or why it is none."""
         try:
             attend = self.engine(name, x.shape)
             return attend, x.train(attend), None
         except DistattnError as error:
-            return None, (), str(error)
-        except RuntimeError as error:
+            return None, (), {"not_run": str(error)}
+        except torch.OutOfMemoryError:
+            return None, (), {"not_run": "out of device memory"}
+        except Exception as error:
             # A peer refuses on every rank alike; of ours an error ends the ranks, which the command tells.
-            if name != "fla":
+            if name != FLA_CP:
                 raise
-            return None, (), f"{type(error).__name__}: {str(error)[:300]}"
+            return None, (), {"failed": f"{type(error).__name__}: {str(error)[:300]}"}
 
     def local(self, shape: LinearShape) -> LinearProblem:
         return LinearProblem.make(shape, self.device, seed=1 + self.rank)

@@ -88,24 +88,29 @@ def draw(results: Results, environment: dict[str, str | None], path: Path) -> No
     ]
     if not panels:
         raise UnsupportedError("there is nothing to draw: no engine ran on this machine, and the JSON file says why")
-    figure = Figure(figsize=(6.4 * len(panels), 4.6), layout="constrained")
+    figure = Figure(figsize=(7.4 * len(panels), 4.8), layout="constrained")
     for axes, (part, draw_part) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
         draw_part(axes, cells(results, part))
         axes.grid(axis="y", alpha=0.3)
+        axes.set_axisbelow(True)
         axes.spines[["top", "right"]].set_visible(False)
-        axes.legend(frameon=False, fontsize="small")
+        axes.legend(frameon=False, fontsize="small", ncols=2)
     figure.suptitle(f"{environment.get('device')}, torch {environment.get('torch')}, forward + backward", fontsize="medium")
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=150)
 
 
 def _draw_kernels(axes: Any, found: Results) -> None:
-    """Bars of times, fla's and ours beside each other."""
+    """Bars of times, ours and fla's beside each other, and above them how many times ours fla's is."""
     for i, name in enumerate(("ours", "fla")):
         heights = [median(cell.get(name), "train") or 0.0 for cell in found.values()]
         axes.bar([x + 0.4 * i - 0.2 for x in range(len(found))], heights, 0.38, label=name)
-    axes.set_xticks(range(len(found)), [key.replace(" ", "\n", 1) for key in found], fontsize="xx-small", rotation=60)
-    axes.set_ylabel("ms")
+    for x, cell in enumerate(found.values()):
+        mine, theirs = (median(cell.get(name), "train") for name in ("ours", "fla"))
+        if mine and theirs:
+            axes.annotate(f"{theirs / mine:.2f}", (x, max(mine, theirs)), (0, 2), textcoords="offset points", ha="center")
+    _name_ticks(axes, list(found))
+    axes.set_ylabel("ms (above: fla ÷ ours)")
 
 
 def _draw_lengths(axes: Any, found: Results) -> None:
@@ -123,12 +128,24 @@ def _draw_lengths(axes: Any, found: Results) -> None:
 
 
 def _draw_ranks(axes: Any, found: Results) -> None:
-    engines = list(dict.fromkeys(name for cell in found.values() for name in cell))
-    width = 0.85 / len(engines)
+    """Bars of each engine's time over that of ranks that exchange nothing."""
+    engines = [name for name in dict.fromkeys(name for cell in found.values() for name in cell) if name != "alone"]
+    width = 0.85 / max(len(engines), 1)
     for i, name in enumerate(engines):
         alone = [median(cell.get("alone"), "train") for cell in found.values()]
         times = [median(cell.get(name), "train") for cell in found.values()]
         heights = [time / base if time and base else 0.0 for time, base in zip(times, alone, strict=True)]
         axes.bar([x + (i + 0.5) * width - 0.425 for x in range(len(found))], heights, width, label=name)
-    axes.set_xticks(range(len(found)), [key.replace(" ", "\n", 2) for key in found], fontsize="xx-small")
+    axes.axhline(1, color="black", linewidth=0.8)
+    axes.margins(y=0.25)  # room for the legend
+    _name_ticks(axes, [" ".join([*key.split(" ")[1:], f"P{key.split(' ')[0]}"]) for key in found])
     axes.set_ylabel("time over that without exchange")
+
+
+def _name_ticks(axes: Any, keys: list[str]) -> None:
+    """Kinds and what sets shapes apart as ticks, what all have in common below."""
+    words = [key.split(" ") for key in keys]
+    common = {word for word in words[0][1:] if all(word in other for other in words)}
+    labels = ["\n".join(word for word in key if word not in common) for key in words]
+    axes.set_xticks(range(len(keys)), labels, fontsize="small")
+    axes.set_xlabel(" ".join(word for word in words[0] if word in common))

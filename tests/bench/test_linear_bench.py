@@ -31,7 +31,7 @@ RESULTS = {
     "kernel|gla B1 T4096 H2 D16": {"ours": entry(1.0), "fla": entry(1.5)},
     "kernel|kda B1 T4096 H2 D16": {"ours": entry(1.0, wrong=True), "fla": {"not_run": "is not here"}},
     "length|gla B1 T1000 H2 D16": {"ours": entry(2.0)},
-    "ranks 2|gla B1 T64 H2 D16": {"alone": entry(2.0), "all_scan": entry(2.5), "fla": {"not_run": "has none"}},
+    "ranks 2|gla B1 T64 H2 D16": {"alone": entry(2.0), "all_scan": entry(2.5), "fla_cp": {"not_run": "has none"}},
 }
 
 
@@ -90,7 +90,7 @@ def test_table_and_picture(tmp_path: Path) -> None:
     assert next(line for line in lines if line.startswith("kda")).count("n/a") == 6
     assert "6000.0" in next(line for line in lines if line.startswith("gla B1 T1000"))
     assert any("all_scan" in line and "7.500 ms, 1.250 of alone" in line for line in lines)
-    assert "not_run fla: has none" in lines
+    assert "not_run fla_cp: has none" in lines
     pytest.importorskip("matplotlib", reason="matplotlib is not installed")
     draw(RESULTS, {"device": "here", "torch": "2"}, tmp_path / "linear.png")
     assert (tmp_path / "linear.png").stat().st_size > 10_000
@@ -119,7 +119,7 @@ def test_the_command(tmp_path: Path) -> None:
     more = ["--parts", "kernels,lengths,exchanges", "--shapes", "1x80x2x8", "--lengths", "64", "--tokens", "40", "--heads", "2"]
     for _ in range(2):  # the second time everything is there
         with pytest.raises(SystemExit) as stop:
-            bench([*args, *more, "--ranks", "2", "--engines", "alone,all_scan,two_level,fla"])
+            bench([*args, *more, "--ranks", "2", "--engines", "alone,all_scan,two_level,fla_cp"])
         assert stop.value.code == 0
     results = json.loads(path.read_text())["results"]
     assert list(results) == [
@@ -132,4 +132,5 @@ def test_the_command(tmp_path: Path) -> None:
     assert "error" not in ranks["alone"]
     for exchange in ("all_scan", "two_level"):
         assert ranks[exchange]["error"] < 1e-5
+        assert ranks[exchange]["checked_against"] == "one device"
         assert len(ranks[exchange]["train_ms"]) == 3

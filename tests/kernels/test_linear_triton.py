@@ -70,6 +70,7 @@ def piece_errors(kind: str, gate: str) -> dict[str, float]:
 SETS = {
     "ends, whole, begins": ([66, 5, 130], [1, 2], [0], [2], [0, 1]),
     "through": ([130], [], [0], [0], []),
+    "ends": ([130], [], [0], [], [0]),
     "two chains": ([3, 66, 129, 1], [], [1, 2], [0, 2], [3]),
 }
 """Pieces of one rank: their lengths, and which start from initial states, are late, emit, and are final."""
@@ -124,11 +125,44 @@ def test_strong_gates(kind: str, gate: str, interpreter: Executor) -> None:
 @pytest.mark.parametrize("name", SETS)
 @pytest.mark.parametrize(
     ("kind", "gate", "num_parts"),
-    [("gated_delta", "scalar", 3), ("kda", "vector", 2), ("delta", "none", 1), ("simple_gla", "scalar", 1)],
+    [
+        ("gated_delta", "scalar", 3),
+        ("kda", "vector", 2),
+        ("delta", "none", 1),
+        ("simple_gla", "scalar", 1),
+        ("simple_gla", "scalar", 3),
+        ("gla", "vector", 2),
+        ("lightning", "constant", 3),
+        ("linear", "none", 2),
+    ],
 )
 def test_pieces_of_every_sort(kind: str, gate: str, num_parts: int, name: str, interpreter: Executor) -> None:
     errors = interpreter.submit(sets_errors, kind, gate, SETS[name], num_parts).result()
     assert max(errors.values()) < 3e-5, errors
+
+
+@pytest.mark.parametrize(("kind", "gate"), [("gated_delta", "scalar"), ("kda", "vector")])
+def test_transitions_that_fade(kind: str, gate: str, interpreter: Executor) -> None:
+    """Of a piece of six chunks nothing is left after four, where the kernel looks."""
+    errors = interpreter.submit(sets_errors, kind, gate, ([330], [], [0], [0], []), 1).result()
+    assert max(errors.values()) < 3e-5, errors
+
+
+def without_dg(kind: str, gate: str) -> list[str]:
+    """In the interpreter's process: which gradients change where nobody asks for the gate's."""
+    x = make_operands(kind, gate, 1, 70, strength=0.1, heads=1, value_heads=1, key_dim=16, value_dim=16, dtype=torch.float32)
+    initial, dfinal, do = random_states(1, 1, x, 1).float(), random_states(1, 1, x, 2).float(), random_gradient(x)
+    with np.errstate(all="ignore"):
+        every, some = (
+            run_whole(TritonLinear(), x._replace(with_dg=with_dg), [70], initial, do, dfinal) for with_dg in (True, False)
+        )
+    assert every["dg"] is not None
+    return [name for name, value in every.items() if value is not None and (some[name] is None or (some[name] != value).any())]
+
+
+@pytest.mark.parametrize(("kind", "gate"), [("lightning", "constant"), ("gla", "vector"), ("gated_delta", "scalar")])
+def test_gates_without_a_gradient(kind: str, gate: str, interpreter: Executor) -> None:
+    assert interpreter.submit(without_dg, kind, gate).result() == ["dg"]
 
 
 @every_case

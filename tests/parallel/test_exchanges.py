@@ -289,6 +289,16 @@ def deviation(name: str, ranks: int) -> float:
     return predicted / (1e-3 * PUBLISHED[name][RANKS.index(ranks)]) - 1
 
 
+def test_fit_repeats_what_it_was_fitted_to() -> None:
+    """Three rates and K for four times: how a fit weighs its errors can hardly change what it predicts."""
+    rates, blocks = fitted()
+    alike = replace(rates, ranks_per_node=1)  # as the fit takes them: hops in nodes and between them
+    for name, times in PUBLISHED.items():
+        for ranks, ms in zip(RANKS[:2], times[:2], strict=True):
+            seconds = exchange_seconds(name, alike, ranks, STATE_BYTES, blocks=blocks)
+            assert seconds == pytest.approx(1e-3 * ms, rel=2e-3)
+
+
 @pytest.mark.parametrize("ranks", [32, 64, 128, 256])
 def test_cost_repeats_the_published_all_scan(ranks: int) -> None:
     assert abs(deviation("all_scan", ranks)) < 0.2

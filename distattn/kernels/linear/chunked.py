@@ -129,7 +129,7 @@ class _Backward:
     def _gate(self, dG: Tensor, boundary: Tensor) -> Tensor | None:
         """dg from the gradient of the running sums; the boundary's part is that of the whole chunk's decay."""
         g = self.c.x.g
-        if g is None:
+        if g is None or not self.c.x.with_dg:
             return None
         dG[..., -1, :] += boundary
         dg = self.c.rows(dG.flip(-2).cumsum(-2).flip(-2))

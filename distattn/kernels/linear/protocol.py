@@ -69,7 +69,8 @@ class Operands(NamedTuple):
     """Inputs of one call, this rank's rows. Any strides.
 
     q, k [B, T, H, K], v [B, T, HV, V]: one floating dtype; T ≥ 1 and HV a multiple of H. g: natural-log decay, ≤ 0, None or
-    in one of the forms above, any floating dtype. beta [B, T, HV], any floating dtype; None in the decay family.
+    in one of the forms above, any floating dtype. beta [B, T, HV], any floating dtype; None in the decay family. with_dg:
+    whether anybody asks for the gradient of g.
     """
 
     q: Tensor
@@ -78,6 +79,7 @@ class Operands(NamedTuple):
     g: Tensor | None
     beta: Tensor | None
     scale: float
+    with_dg: bool = True
 
     @property
     def gate(self) -> str:
@@ -187,7 +189,7 @@ class ForwardPass(Protocol):
 
 class Gradients(NamedTuple):
     """dq, dk, dv in the shapes and dtypes of q, k, v; dg in the shape of g, dbeta in that of beta, fp32 (fp64), or None where
-    there is none; dentering [B, num_enter, HV, K, V], fp32 (fp64)."""
+    there is none or nobody asks; dentering [B, num_enter, HV, K, V], fp32 (fp64)."""
 
     dq: Tensor
     dk: Tensor

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from distattn.kernels.linear.protocol import VECTOR, Gradients
 from distattn.kernels.linear.triton_configs import ALL, FAR, NEAR
+from distattn.kernels.linear.triton_cuts import walk_state_grads, walk_states
 from distattn.kernels.linear.triton_passes import Beside, index_on
 
 if TYPE_CHECKING:
@@ -36,9 +37,7 @@ class DecayForward:
         self.scores = c.scores()
         if self.has_late and self.fades:
             self.prefix, self.total = sums = c.sums(c.num_chunks), c.sums(c.num_pieces)
-        c.run_states(
-            self.scores, c.v, c.q, entering, None, h=self.h, values=c.v, emitted=self.emitted, final=self.final, sums=sums
-        )
+        walk_states(c, self.scores, entering, None, h=self.h, emitted=self.emitted, final=self.final, sums=sums)
         self.transition: Tensor | None = _of_pieces(c, self.total, "maps") * math.log(2) if self.fades else None
 
     def intra(self) -> None:
@@ -79,14 +78,11 @@ class DecayBackward:
         # Either walk through the chunks leaves most of the device idle: they go side by side.
         self.beside = Beside(c.device)
         with self.beside:
-            c.run_states(
-                self.scores, c.v, c.q, entering, late if len(c.pieces.late) else None, h=self.h, values=c.v,
+            walk_states(
+                c, self.scores, entering, late if len(c.pieces.late) else None, h=self.h,
                 emitted=c.states(len(c.pieces.emit)), final=c.states(len(c.pieces.final)),
             )  # fmt: skip
-        c.run_state_grads(
-            self.scores, c.q, do, c.q, dfinal, None, dh=self.dh, dvalues=c.q, emitted=self.emitted, dentering=self.dentering,
-            sums=sums,
-        )  # fmt: skip
+        walk_state_grads(c, self.scores, do, dfinal, dh=self.dh, emitted=self.emitted, dentering=self.dentering, sums=sums)
 
     def intra(self) -> None:
         self.beside.join()

@@ -40,13 +40,14 @@ def gradient_kernel(
     cu_seqlens, chunks, rows_emit, scale, num_rows, num_chunks, num_emit,
     H: tl.constexpr, HV: tl.constexpr, K: tl.constexpr, V: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr,
     GATE: tl.constexpr, DELTA: tl.constexpr, LATE: tl.constexpr, REACH: tl.constexpr, MILD: tl.constexpr,
-    COMPUTE: tl.constexpr, PRECISION: tl.constexpr, VECTOR_PRECISION: tl.constexpr,
+    WITH_DG: tl.constexpr, COMPUTE: tl.constexpr, PRECISION: tl.constexpr, VECTOR_PRECISION: tl.constexpr,
 ):  # fmt: skip
     """dq, dk [B, T, HV, K], dv [B, T, HV, V], dg [B, T, HV(, K)], dbeta [B, T, HV] of one chunk and value head.
 
     BLOCK_K spans K. LATE (decay family): add to dh what left emitting pieces, as ``suffix`` decays it. REACH: which chunks to
     compute, by what that leaves of it. MILD: of a vector of gates, the chunks to compute, those that are mild or those that are
     not; last_G [B, M, HV, K] tells. dg of a vector may lie where g does: a program reads no G but its own chunk's.
+    WITH_DG: whether to make it.
     """
     i_b, i_h, i_m, i_piece, i_chunk = program_chunk(chunks, num_chunks, HV)
     if REACH != REACH_ALL:  # noqa: SIM102 - one is known when compiling
@@ -100,7 +101,7 @@ def gradient_kernel(
         b_dq = tl.dot(b_do, tl.trans(b_h), b_dq, input_precision=PRECISION)
         b_dk = tl.dot(b_v, tl.trans(b_dh), b_dk, input_precision=PRECISION)
         b_dP = tl.dot(b_do, tl.trans(b_v), b_dP, input_precision=PRECISION)
-        if GATE != GATE_NONE:
+        if WITH_DG:
             b_border += tl.sum(b_h.to(tl.float32) * b_dh.to(tl.float32), 1)
         if DELTA:
             b_E = tl.dot(b_Tt, load_tile(dvalues + at_v, m_row, o_r, o_v, HV * V, V).to(COMPUTE), input_precision=PRECISION)
@@ -126,7 +127,8 @@ def gradient_kernel(
         b_dq *= scale * tl.exp2(b_G)
         b_dk *= tl.exp2(b_last[None, :] - b_G)
         b_R = -tl.exp2(b_G) * b_R
-        b_border = tl.exp2(b_last) * b_border + tl.sum(b_k.to(tl.float32) * b_dk, 0)
+        if WITH_DG:
+            b_border = tl.exp2(b_last) * b_border + tl.sum(b_k.to(tl.float32) * b_dk, 0)
     elif GATE == GATE_NONE:
         b_dq *= scale
         b_R = -b_R
@@ -134,7 +136,8 @@ def gradient_kernel(
         b_dq *= (scale * tl.exp2(b_G))[:, None]
         b_dk *= tl.exp2(last - b_G)[:, None]
         b_R = -tl.exp2(b_G)[:, None] * b_R
-        b_border = tl.exp2(last) * b_border + tl.sum(b_k.to(tl.float32) * b_dk, 0)
+        if WITH_DG:
+            b_border = tl.exp2(last) * b_border + tl.sum(b_k.to(tl.float32) * b_dk, 0)
 
     # Inside the chunk: k as reader, q and k as what the writer k is read by.
     b_dP = tl.where(o_r[:, None] >= o_r[None, :], scale * b_dP, 0.0)
@@ -166,18 +169,20 @@ def gradient_kernel(
         b_qf, b_kf = b_q.to(tl.float32), b_k.to(tl.float32)
 
     store_tile(dq + at_k, b_dq, m_row, o_r, o_k, HV * K, K)
-    b_dG = b_qf * b_dq - b_kf * b_dk
+    if WITH_DG:
+        b_dG = b_qf * b_dq - b_kf * b_dk
     if DELTA:
         b_dbeta += tl.sum(b_kf * b_R, 1)
         tl.store(dbeta + first * HV + i_h + o_r * HV, b_dbeta, mask=m_row)
         b_R *= b_beta[:, None]
-        b_dG += b_kf * b_R
+        if WITH_DG:
+            b_dG += b_kf * b_R
         b_dk += b_R
     store_tile(dk + at_k, b_dk, m_row, o_r, o_k, HV * K, K)
-    if GATE == GATE_VECTOR:
+    if WITH_DG and GATE == GATE_VECTOR:
         b_dg = tl.cumsum(b_dG, 0, reverse=True) + b_border[None, :]
         tl.debug_barrier()  # all of the program has read G
         store_tile(dg + at_k, b_dg, m_row, o_r, o_k, HV * K, K)
-    elif GATE != GATE_NONE:
+    elif WITH_DG:
         b_dg = tl.cumsum(tl.sum(b_dG, 1), 0, reverse=True) + tl.sum(b_border, 0)
         tl.store(dg + first * HV + i_h + o_r * HV, b_dg, mask=m_row)

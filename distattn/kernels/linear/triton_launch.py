@@ -16,14 +16,16 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from distattn.kernels.linear import triton_chunks, triton_gradient, triton_output, triton_states
+from distattn.kernels.linear import triton_chunks, triton_gradient, triton_output, triton_states, triton_transitions
 from distattn.kernels.linear.protocol import CONSTANT, NONE, SCALAR, VECTOR, Operands, Pieces
 from distattn.kernels.linear.triton_configs import ALL, Launch, LinearConfigs, linear_configs, padded
+from distattn.kernels.linear.triton_cuts import Cuts, cuts_of
 from distattn.kernels.linear.triton_parts import Parts, count_parts, parts_of
 
 # Triton types kernels as plain functions, whose launches are no subscripts.
 _chunks: Any = triton_chunks
 _states: Any = triton_states
+_transitions: Any = triton_transitions
 _output: Any = triton_output
 _gradient: Any = triton_gradient
 
@@ -60,7 +62,7 @@ class Call:
     inputs, else fp32, whose products run in tf32 for fp16 inputs and in three times tf32 for fp32 ones."""
 
     def __init__(self, x: Operands, pieces: Pieces, configs: LinearConfigs | None, num_parts: int = 0) -> None:
-        """num_parts: of pieces that cross borders, in the delta family; 0: what fills the device."""
+        """num_parts: of pieces, in the delta family of those that cross borders; 0: what fills the device."""
         self.q, self.k, self.v = (t.contiguous() for t in (x.q, x.k, x.v))
         self.x, self.pieces, self.scale = x, pieces, float(x.scale)
         self.batch, self.num_rows, self.heads, self.key_dim = x.q.shape
@@ -90,6 +92,13 @@ class Call:
             number = count_parts(self._num_walks(len(crossing)), 2 * _num_multiprocessors(self.device), longest)
         return parts_of(self.pieces, number, CHUNK)
 
+    def cuts(self, *, late: bool) -> Cuts | None:
+        """How the pieces are cut in the decay family, None if they are not. late: states enter those that are late."""
+        longest = int(-(-self.pieces.lengths.max() // CHUNK))
+        fills = count_parts(self._num_walks(self.num_pieces), 2 * _num_multiprocessors(self.device), longest)
+        number = self.num_parts or fills
+        return cuts_of(self.pieces, number, CHUNK, late=late) if number > 1 and longest > 1 else None
+
     # Shapes and constants.
 
     def scratch(self, *tail: int, dtype: torch.dtype | None = None) -> Tensor:
@@ -118,6 +127,10 @@ class Call:
     @property
     def gate(self) -> int:
         return _GATES[self.x.gate]
+
+    @property
+    def with_dg(self) -> bool:
+        return self.x.g is not None and self.x.with_dg
 
     @property
     def precision(self) -> str:
@@ -225,22 +238,21 @@ class Call:
             t.late if only is None else only, self.num_rows, self.num_chunks, self.num_pieces, entering.shape[1],
             0 if late is None else late.shape[1], emitted.shape[1], final.shape[1], **self._state_shape, **blocks,
             **self._common, DELTA=self.delta, LATE=late is not None, ONLY=only is not None, STORE=h is not None,
-            PREFIX=sums is not None, IDENTITY=False, **self._options(config),
+            PREFIX=sums is not None, **self._options(config),
         )  # fmt: skip
 
-    def run_identity(self, scores: Scores, W: Tensor, found: Tensor, only: Tensor) -> None:
-        """The transitions M [B, num_maps, HV, K, K] of the delta family: states that start as the identity, in tf32."""
-        t, q, config = self.tables, self.q, self.configs.state
+    def run_transitions(self, scores: Scores, W: Tensor, found: Tensor, only: Tensor) -> None:
+        """The transitions M [B, num_maps, HV, K, K] of the delta family, in tf32."""
+        t, config = self.tables, self.configs.state
         if not found.shape[1]:
             return
         blocks = self._state_blocks(config, self.key_dim)
         blocks["BLOCK_V"] = min(32, blocks["BLOCK_V"])
-        common = {**self._common, "COMPUTE": tl.float32}
-        _states.state_kernel[self._state_grid(blocks["BLOCK_K"], blocks["BLOCK_V"], self.key_dim)](
-            scores.Kt, q, W, scores.last, found, q, q, q, found, found, q, q, t.cu_seqlens, t.first_chunk, t.enter, t.late,
-            t.maps, t.final, only, self.num_rows, self.num_chunks, self.num_pieces, 0, 0, found.shape[1], 0,
-            **{**self._state_shape, "V": self.key_dim}, **blocks, **common, DELTA=True, LATE=False, ONLY=True, STORE=False,
-            PREFIX=False, IDENTITY=True, num_warps=config.num_warps, num_stages=1,
+        shape = {name: size for name, size in self._state_shape.items() if name != "V"}
+        _transitions.transition_kernel[self._state_grid(blocks["BLOCK_K"], blocks["BLOCK_V"], self.key_dim)](
+            scores.Kt, W, scores.last, found, t.cu_seqlens, t.first_chunk, t.maps, only, self.num_rows, self.num_chunks,
+            self.num_pieces, found.shape[1], **shape, **blocks, GATE=self.gate, PRECISION=self.precision,
+            num_warps=config.num_warps, num_stages=1,
         )  # fmt: skip
 
     def run_state_grads(
@@ -286,10 +298,10 @@ class Call:
         return found
 
     def gradient_buffers(self) -> GradientBuffers:
-        """dg of a vector of gates takes the place of G, which only the gradient kernel still reads."""
+        """dg of a vector of gates takes the place of G, which only the gradient kernel still reads; where nobody asks, none."""
         grouped = self.value_heads != self.heads
         dq, dk = (self.scratch(self.key_dim, dtype=torch.float32 if grouped else self.q.dtype) for _ in range(2))
-        dg = self.q if self.x.g is None else self.g if self.x.gate == VECTOR else self.scratch(dtype=torch.float32)
+        dg = self.q if not self.with_dg else self.g if self.x.gate == VECTOR else self.scratch(dtype=torch.float32)
         return GradientBuffers(
             dq, dk, torch.empty_like(self.v), dg, self.scratch(dtype=torch.float32) if self.delta else self.q
         )
@@ -306,7 +318,8 @@ class Call:
             self.q, self.k, self.v, self.g, self.beta, scores.P, scores.Kt, scores.last, T, values, do, dvalues, h, dh,
             h if dleft is None else dleft, suffix, *found, t.cu_seqlens, t.chunks, t.emit, self.scale, self.num_rows,
             self.num_chunks, 0 if dleft is None else dleft.shape[1], **self.shape, **blocks, **self._common, DELTA=self.delta,
-            LATE=dleft is not None, REACH=reach, MILD=mild, VECTOR_PRECISION=self.precision, **self._options(config),
+            LATE=dleft is not None, REACH=reach, MILD=mild, WITH_DG=self.with_dg, VECTOR_PRECISION=self.precision,
+            **self._options(config),
         )  # fmt: skip
 
     def gradients(self, found: GradientBuffers) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
@@ -314,7 +327,7 @@ class Call:
         dq, dk, dv, dg, dbeta = found
         if self.value_heads != self.heads:
             dq, dk = (d.unflatten(2, (self.heads, -1)).sum(3).to(self.q.dtype) for d in (dq, dk))
-        rate = None if self.x.g is None else dg.sum((0, 1)) if self.x.gate == CONSTANT else dg
+        rate = None if not self.with_dg else dg.sum((0, 1)) if self.x.gate == CONSTANT else dg
         return dq, dk, dv, rate, dbeta if self.delta else None
 
 

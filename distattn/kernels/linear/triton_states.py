@@ -62,13 +62,12 @@ def state_kernel(
     num_rows, num_chunks, num_pieces, num_enter, num_late, num_emit, num_final,
     H: tl.constexpr, HV: tl.constexpr, K: tl.constexpr, V: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr,
     GATE: tl.constexpr, DELTA: tl.constexpr, LATE: tl.constexpr, ONLY: tl.constexpr, STORE: tl.constexpr,
-    PREFIX: tl.constexpr, IDENTITY: tl.constexpr, COMPUTE: tl.constexpr, PRECISION: tl.constexpr,
+    PREFIX: tl.constexpr, COMPUTE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """h [B, M, HV, K, V], values (V') [B, T, HV, V]; emitted, final, entering, late: states of sets of pieces.
 
     LATE: late pieces start from ``late``, else from zero. ONLY: pieces that ``only`` numbers, else all. PREFIX: store the
-    gate's sums before each chunk, [B, M, HV(, K)], and over each piece, [B, N, HV(, K)]. IDENTITY: start from the identity and
-    write nothing; V is then the number of its columns, K, and what is emitted the transition. Of a vector of gates, k is Kt,
+    gate's sums before each chunk, [B, M, HV(, K)], and over each piece, [B, N, HV(, K)]. Of a vector of gates, k is Kt,
     with HV heads, and g holds G of each chunk's last row, [B, M, HV, K].
     """
     i_b, i_h, i_n, i_k, i_v = piece_program(num_pieces, HV, K, BLOCK_K)
@@ -79,16 +78,13 @@ def state_kernel(
     i_m = tl.load(first_chunk + i_n)
     num_steps = tl.load(first_chunk + i_n + 1) - i_m
     b_S = tl.zeros([BLOCK_K, BLOCK_V], tl.float32)
-    if IDENTITY:
-        b_S += tl.where((o_k[:, None] == o_v[None, :]), 1.0, 0.0)
-    else:
-        p_state, found = state_of(entering, rows_enter, i_n, i_b, i_h, num_enter, HV, K, V)
+    p_state, found = state_of(entering, rows_enter, i_n, i_b, i_h, num_enter, HV, K, V)
+    if found:
+        b_S += load_state(p_state, o_k, o_v, K, V)
+    if LATE:
+        p_state, found = state_of(late, rows_late, i_n, i_b, i_h, num_late, HV, K, V)
         if found:
             b_S += load_state(p_state, o_k, o_v, K, V)
-        if LATE:
-            p_state, found = state_of(late, rows_late, i_n, i_b, i_h, num_late, HV, K, V)
-            if found:
-                b_S += load_state(p_state, o_k, o_v, K, V)
     b_sum = tl.zeros([BLOCK_K], tl.float32)
     row0 = tl.load(cu_seqlens + i_n)
     end = tl.load(cu_seqlens + i_n + 1)
@@ -109,8 +105,7 @@ def state_kernel(
         if DELTA:
             b_w = load_tile(p_w, m_row, o_r, o_k, HV * K, K).to(COMPUTE)
             b_v = -tl.dot(b_w, b_S.to(COMPUTE), input_precision=PRECISION)
-            if not IDENTITY:
-                b_v += load_tile(p_v, m_row, o_r, o_v, HV * V, V).to(tl.float32)
+            b_v += load_tile(p_v, m_row, o_r, o_v, HV * V, V).to(tl.float32)
             if STORE:
                 store_tile(p_values, b_v, m_row, o_r, o_v, HV * V, V)
         else:
@@ -136,9 +131,8 @@ def state_kernel(
         p_h += HV * K * V
     p_state, found = state_of(emitted, rows_emit, i_n, i_b, i_h, num_emit, HV, K, V)
     store_state(p_state, b_S, o_k, o_v, found, K, V)
-    if not IDENTITY:
-        p_state, found = state_of(final, rows_final, i_n, i_b, i_h, num_final, HV, K, V)
-        store_state(p_state, b_S, o_k, o_v, found, K, V)
+    p_state, found = state_of(final, rows_final, i_n, i_b, i_h, num_final, HV, K, V)
+    store_state(p_state, b_S, o_k, o_v, found, K, V)
     if PREFIX:
         store_sums(total, b_sum, (i_b * num_pieces + i_n) * HV + i_h, o_k, i_k, i_v, K, GATE)
 
