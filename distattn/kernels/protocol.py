@@ -50,7 +50,7 @@ class Case:
     positions: bool = False
 
 
-EXTRAS = {"block_plan": "block plans", "key_bias": "a bias for each key", "positions": "positions"}
+EXTRAS = {"block_plan": "block plans", "key_bias": "bias of keys", "positions": "positions"}
 """Flags of ``Case`` that stand for parts of ``Extras``, in words."""
 
 

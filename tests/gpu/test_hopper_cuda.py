@@ -123,22 +123,29 @@ def test_a_negative_scale(backend: Backend) -> None:
     assert_within_twice_plain_torch(run_whole(backend, p), p)
 
 
-def test_the_forward_is_bitwise_equal_in_reruns_and_orders_of_tiles(backend: Backend) -> None:
+def test_reruns_and_orders_of_tiles_are_bitwise_equal(backend: Backend) -> None:
     tiles, sizes = ALL_CASES["slots"]
     p = problem(tiles, sizes, head_dim=128, dtype=BF16, device="cuda")
     first = run(backend, p)
     for again in (p, replace(p, tiles=tiles[::-1].copy())):
         second = run(backend, again)
-        assert all(torch.equal(getattr(first, name), getattr(second, name)) for name in ("out", "lse"))
+        assert all(torch.equal(getattr(first, name), getattr(second, name)) for name in ("out", "lse", "dq", "dk", "dv"))
+
+
+def test_under_a_block_plan_all_results_are_bitwise_equal_in_reruns(backend: Backend) -> None:
+    p = with_extras(problem(*ALL_CASES["causal_4097"], head_dim=128, dtype=BF16, device="cuda"), blocks=(128, 128))
+    first, second = run_whole(backend, p), run_whole(backend, p)
+    assert all(torch.equal(getattr(first, name), getattr(second, name)) for name in ("out", "lse", "dq", "dk", "dv"))
 
 
 def test_what_it_does_not_take(backend: Backend) -> None:
     taken = Case("cuda", BF16, 128, 128, 8, 2)
-    assert backend.why_not(taken) is None
+    for change in ({}, {"deterministic": True}, {"lse_gradient": True}, {"block_plan": True}):
+        assert backend.why_not(replace(taken, **change)) is None
     for change, words in (
         ({"dtype": torch.float32}, "computes bf16 and fp16"),
         ({"head_dim": 96, "value_dim": 96}, "takes head dimensions 64 and 128"),
         ({"softcap": True}, "takes no soft-cap"),
-        ({"key_bias": True}, "takes no a bias for each key"),
+        ({"key_bias": True}, "takes no bias of keys"),
     ):
         assert words in (backend.why_not(replace(taken, **change)) or "")

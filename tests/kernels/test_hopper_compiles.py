@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import multiprocessing
 import os
 import subprocess
@@ -28,15 +29,17 @@ def compile_for_hopper(name: str, head_dim: int, whole: bool) -> tuple[int, str,
     from triton.experimental.gluon._runtime import GluonASTSource
     from triton.experimental.gluon.language import NVMMASharedLayout, bfloat16
 
-    from distattn.kernels.softmax import hopper_backward, hopper_forward
-
-    kernel = getattr(hopper_forward if name == "forward" else hopper_backward, f"{name}_kernel")
+    kernel = getattr(importlib.import_module(f"distattn.kernels.softmax.hopper_{name}"), f"{name}_kernel")
+    half, constants = hopper_backend.HALF, {"D": head_dim, "WHOLE": whole}
     if name == "forward":
-        block_q, block_k = hopper_backend.BLOCK_Q // 2, hopper_backend.BLOCK_K
-        constants = {"D": head_dim, "BLOCK_K": block_k, "STAGES": hopper_backend.FORWARD_STAGES, "WHOLE": whole}
+        block_q, block_k, stages = hopper_backend.BLOCK_Q // 2, hopper_backend.BLOCK_K, hopper_backend.FORWARD_STAGES
+    elif name == "dq":
+        block_q, block_k, stages = half, hopper_backend.DQ_BLOCK_K, hopper_backend.DQ_STAGES
     else:
-        block_q, block_k = hopper_backend.BACKWARD_BLOCK_Q, hopper_backend.BACKWARD_BLOCK_K // 2
-        constants = {"D": head_dim, "STAGES": hopper_backend.BACKWARD_STAGES, "WHOLE": whole}
+        block_q, block_k, stages = half, half, hopper_backend.DKDV_STAGES
+    constants["STAGES"] = stages
+    if "BLOCK_K" in kernel.arg_names:
+        constants["BLOCK_K"] = block_k
     rows = {"q_desc": block_q, "k_desc": block_k, "v_desc": block_k, "do_desc": block_q}
 
     def kind(argument: str) -> str:
@@ -48,7 +51,7 @@ def compile_for_hopper(name: str, head_dim: int, whole: bool) -> tuple[int, str,
         if argument in ("blocks", "ranges"):
             return "*i32"
         if argument in ("acc", "m", "l", "lse", "delta", "dq", "dk", "dv"):
-            return "*bf16" if argument in ("acc", "dk", "dv") and whole else "*fp32"
+            return "*bf16" if argument in ("acc", "dq", "dk", "dv") and whole else "*fp32"
         return "fp32" if argument.endswith("_scale") else "i32"
 
     names = kernel.arg_names
@@ -76,7 +79,8 @@ def compiler(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Executor]:
 
 
 @pytest.mark.parametrize(
-    ("name", "head_dim", "whole"), [("forward", 128, True), ("forward", 64, False), ("backward", 128, False)]
+    ("name", "head_dim", "whole"),
+    [("forward", 128, True), ("forward", 64, False), ("dq", 128, True), ("dkdv", 128, True), ("dkdv", 64, False)],
 )
 def test_the_kernels_fit_and_overlap(name: str, head_dim: int, whole: bool, compiler: Executor) -> None:
     shared, ptx, said = compiler.submit(compile_for_hopper, name, head_dim, whole).result()

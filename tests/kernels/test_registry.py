@@ -87,7 +87,8 @@ def test_the_report_has_every_backend() -> None:
         ((9, 0), {"dtype": torch.float32}, "triton"),
         ((9, 0), {"softcap": True}, "triton"),
         ((9, 0), {"lse_gradient": True}, "hopper"),
-        ((9, 0), {"deterministic": True}, "triton"),
+        ((9, 0), {"deterministic": True}, "hopper"),
+        ((8, 0), {"deterministic": True}, "triton"),
         ((9, 0), {"softcap": True, "dtype": torch.float64}, "reference"),
         ((7, 5), {}, "reference"),
     ],
@@ -115,6 +116,7 @@ def test_a_block_plan_leaves_our_own_kernels(monkeypatch: pytest.MonkeyPatch) ->
     case = replace(CUDA, block_plan=True)
     assert [name for name, reason in backend_report(case).items() if reason is None] == ["reference", "hopper", "triton"]
     assert "takes no positions" in str(BACKENDS["hopper"].why_not(replace(case, positions=True)))
+    assert BACKENDS["hopper"].why_not(replace(case, deterministic=True)) is None
     rates = [rate(name, b, pair=x) for name, x in (("hopper", 1.0), ("triton", 2.0)) for b in (False, True)]
     monkeypatch.setattr(registry_module, "rates_here", lambda: rates_of(*rates))
     backend, reason = choose_backend(case, tables=[np.array([[0, 512, 0, 512, -U, U, 0, 8, 0]])])

@@ -12,6 +12,7 @@ import sys
 from collections.abc import Callable, Iterator
 from concurrent.futures import Executor, ProcessPoolExecutor
 from dataclasses import fields, replace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -22,8 +23,10 @@ from distattn.errors import InputError
 from distattn.kernels import BACKENDS, Case, triton_here
 from distattn.kernels.block_plan import BlockPlan
 from distattn.kernels.merge import empty_carry
-from distattn.kernels.softmax import triton_worklist
-from distattn.kernels.softmax.triton_backend import TritonBackend
+from distattn.kernels.softmax import hopper_backend, triton_worklist
+from distattn.kernels.softmax.hopper_backend import HopperBackend
+from distattn.kernels.softmax.triton_backend import Call, TritonBackend
+from distattn.kernels.softmax.triton_worklist import WorkList
 from distattn.kernels.tiles import UNBOUNDED
 from tests.kernels.extras_cases import EXTRAS_CASES, run_whole, with_extras
 from tests.kernels.oracle import CASES, ODD, Problem, Result, dense, oracle, problem, relative_error, run, table, visible
@@ -132,6 +135,48 @@ def rerun_with_lists_in_another_order(name: str) -> list[bool]:
     return [torch.equal(getattr(first, f.name), getattr(second, f.name)) for f in fields(Result)]
 
 
+def gradients_of_hopper(name: str, whole: bool) -> dict[str, float]:
+    """In the interpreter's process: how far ``hopper``'s gradients are from ``triton``'s, with ``triton``'s kernels in place of
+    its own, which no interpreter runs: what is left is which work lists they get, and what of the call."""
+    table_name, extras = HOPPER_CASES[name]
+    p = with_extras(problem(*ODD[table_name], head_dim=16, dtype=torch.float32, lse_gradient=True), **extras)
+    launched = []
+
+    def launch(
+        self: Call, kernel: Any, grid: tuple[int, int], work: WorkList, key_rows: int, do: Tensor, lse: Tensor, delta: Tensor,
+        sums: tuple[Tensor, ...], constants: dict[str, int],
+    ) -> None:  # fmt: skip
+        launched.append(len(sums))
+        assert grid[0] >= work.num_blocks
+        portable = Call(**vars(self))
+        if len(sums) == 1:
+            by_query = portable.query_work(portable.configs.dq)
+            assert by_query is not None
+            portable.add_dq(by_query, do, lse, delta, *sums)
+        else:
+            by_key = portable.key_work()
+            assert by_key is not None
+            portable.add_dkdv(by_key, do, lse, delta, sums[0], sums[1])
+
+    answer = run_whole if whole else run
+    with pytest.MonkeyPatch.context() as patch, np.errstate(all="ignore"):
+        patch.setattr(hopper_backend, "_launch_backward", launch)
+        patch.setattr(hopper_backend, "_kernel", str)
+        triton, hopper = TritonBackend(), HopperBackend()
+        patch.setattr(hopper, "attend", triton.attend)
+        patch.setattr(hopper, "attend_whole", triton.attend_whole)
+        want, got = answer(triton, p), answer(hopper, p)
+    assert sorted(launched) == ([] if name == "portable_plan" else [1, 2])
+    return {name: relative_error(getattr(got, name), getattr(want, name)) for name in ("dq", "dk", "dv")}
+
+
+HOPPER_CASES: dict[str, tuple[str, dict]] = {
+    "window": ("window_260", {}),
+    "plan": ("window_260", {"blocks": (128, 128)}),
+    "portable_plan": ("window_260", {"blocks": (64, 64)}),
+}
+
+
 @pytest.fixture(scope="module")
 def interpreter() -> Iterator[Executor]:
     pytest.importorskip(
@@ -202,6 +247,13 @@ def test_extras_are_as_good_as_plain_torch(name: str, interpreter: Executor) -> 
 )
 def test_the_whole_without_a_carry(name: str, options: dict[str, object], interpreter: Executor) -> None:
     assert_within_limits(interpreter.submit(excess, name, options, whole=True).result())
+
+
+@pytest.mark.parametrize("whole", [False, True], ids=["carried", "whole"])
+@pytest.mark.parametrize("name", HOPPER_CASES)
+def test_hopper_has_the_same_backward_but_for_its_kernels(name: str, whole: bool, interpreter: Executor) -> None:
+    errors = interpreter.submit(gradients_of_hopper, name, whole).result()
+    assert set(errors.values()) == {0.0}, errors
 
 
 @pytest.mark.parametrize("name", ["plan_with_positions", "plan_128"])

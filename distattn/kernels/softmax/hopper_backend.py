@@ -1,6 +1,6 @@
 """Our kernels for Hopper as a backend: the tiles, carries and results of ``triton``, at the speed of wgmma and TMA.
 
-Written in Triton's Gluon (``hopper_forward.py``, ``hopper_backward.py``), compiled for compute capability 9.0 only.
+Written in Triton's Gluon (``hopper_forward.py``, ``hopper_dq.py``, ``hopper_dkdv.py``), for compute capability 9.0 only.
 Descriptors of the copy engine need addresses and strides of whole 16 bytes: what does not have them is copied first.
 """
 
@@ -18,16 +18,25 @@ from torch import Tensor
 
 from distattn.kernels.protocol import Carry, Case, Extras, why_no_extras
 from distattn.kernels.softmax.hopper_plan import plan_work, takes_plan
-from distattn.kernels.softmax.triton_backend import TritonBackend, check_tensors, row_delta, row_strides, with_unit_stride
+from distattn.kernels.softmax.triton_backend import (
+    Call,
+    TritonBackend,
+    check_tensors,
+    row_strides,
+)
+from distattn.kernels.softmax.triton_configs import LaunchConfig
 from distattn.kernels.softmax.triton_worklist import WorkList, key_work, query_work
 
 HEAD_DIMS = (64, 128)
 BLOCK_Q = 128
 BLOCK_K = 128
 FORWARD_STAGES = 3
-BACKWARD_BLOCK_K = 128
-BACKWARD_BLOCK_Q = 64
-BACKWARD_STAGES = 2
+DQ_BLOCK_K = 64
+DQ_STAGES = 4
+DKDV_BLOCK_Q = 64
+DKDV_STAGES = 4
+HALF = 64
+"""Rows of a consumer: half a block of queries, or of the keys of dk and dv."""
 UNIT_BYTES = 16
 MAX_BUSIEST = 1.02
 """Persistent programs begin a block while the last one ends, but share blocks out beforehand: that may cost this much."""
@@ -52,8 +61,6 @@ class HopperBackend(TritonBackend):
             return f"computes bf16 and fp16, not {case.dtype}"
         if case.head_dim != case.value_dim or case.head_dim not in HEAD_DIMS:
             return f"takes head dimensions 64 and 128, keys and values alike, not {case.head_dim} and {case.value_dim}"
-        if case.deterministic:
-            return "sums dq in no fixed order"
         return "takes no soft-cap" if case.softcap else why_no_extras(case, taken=("block_plan",))
 
     def attend(
@@ -64,7 +71,7 @@ class HopperBackend(TritonBackend):
         if _is_portable(tiles, extras, group, q.shape[0]):
             super().attend(q, k, v, tiles, carry, group=group, scale=scale, softcap=softcap, extras=extras)
             return
-        work = _query_work(tiles, extras, q.device)
+        work = _query_work(tiles, extras, BLOCK_K, q.device)
         if work is not None:
             _forward(q, k, v, *carry, work, group, scale, whole=False)
 
@@ -75,7 +82,7 @@ class HopperBackend(TritonBackend):
         check_tensors(q=q, k=k, v=v)
         if _is_portable(tiles, extras, group, q.shape[0]):
             return super().attend_whole(q, k, v, tiles, group=group, scale=scale, softcap=softcap, extras=extras)
-        work = _query_work(tiles, extras, q.device)
+        work = _query_work(tiles, extras, BLOCK_K, q.device)
         batch, rows, heads, _ = q.shape
         out = torch.empty_like(q, memory_format=torch.contiguous_format)
         lse = torch.empty((batch, heads, rows), dtype=torch.float32, device=q.device).transpose(1, 2)
@@ -86,41 +93,55 @@ class HopperBackend(TritonBackend):
             _forward(q, k, v, out, lse, lse, work, group, scale, whole=True)
         return out, lse
 
-    def attend_backward(
-        self, q: Tensor, k: Tensor, v: Tensor, out: Tensor | None, lse: Tensor, do: Tensor, delta: Tensor,
-        tiles: np.ndarray, dq: Tensor, dk: Tensor, dv: Tensor, *, group: int, scale: float, softcap: float | None,
-        extras: Extras | None = None,
-    ) -> None:  # fmt: skip
-        do = with_unit_stride(do.to(q.dtype))
-        check_tensors(q=q, k=k, v=v, do=do, dq=dq, dk=dk, dv=dv)
-        if _is_portable(tiles, extras, group, q.shape[0]):
-            settings = {"group": group, "scale": scale, "softcap": softcap, "extras": extras}
-            super().attend_backward(q, k, v, out, lse, do, delta, tiles, dq, dk, dv, **settings)
-            return
-        work = _key_work(tiles, extras, group, q.device)
-        if work is not None:
-            lse, delta = (x.transpose(1, 2).contiguous() for x in (lse, delta))
-            _backward(q, k, v, do, lse, delta, dq, dk, dv, work, group, scale, whole=False)
+    def call(
+        self, q: Tensor, k: Tensor, v: Tensor, tiles: np.ndarray, group: int, scale: float, softcap: float | None,
+        extras: Extras | None, *, whole: bool,
+    ) -> Call:  # fmt: skip
+        call = super().call(q, k, v, tiles, group, scale, softcap, extras, whole=whole)
+        return call if _is_portable(tiles, extras, group, q.shape[0]) else _Call(**vars(call))
 
-    def attend_backward_whole(
-        self, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, do: Tensor, dlse: Tensor | None,
-        tiles: np.ndarray, *, group: int, scale: float, softcap: float | None, extras: Extras | None = None,
-    ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-        do, out = with_unit_stride(do.to(q.dtype)), with_unit_stride(out)
-        check_tensors(q=q, k=k, v=v, do=do)
-        if _is_portable(tiles, extras, group, q.shape[0]):
-            settings = {"group": group, "scale": scale, "softcap": softcap, "extras": extras}
-            return super().attend_backward_whole(q, k, v, out, lse, do, dlse, tiles, **settings)
-        work = _key_work(tiles, extras, group, q.device)
-        dq = torch.zeros(q.shape, dtype=torch.float32, device=q.device)
-        dk, dv = (torch.empty_like(x, memory_format=torch.contiguous_format) for x in (k, v))
-        if work is None or work.num_rows < k.shape[1] * k.shape[2]:
-            dk.zero_()
-            dv.zero_()
-        if work is not None:
-            delta, lse = row_delta(out, do, dlse), lse.transpose(1, 2).contiguous()
-            _backward(q, k, v, do, lse, delta, dq, dk, dv, work, group, scale, whole=True)
-        return dq.to(q.dtype), dk, dv
+
+class _Call(Call):
+    """One call, with the Hopper kernels for its gradients."""
+
+    def query_work(self, config: LaunchConfig) -> WorkList | None:
+        return _query_work(self.tiles, self.extras, DQ_BLOCK_K, self.q.device)
+
+    def key_work(self) -> WorkList | None:
+        if self.extras.blocks is None:
+            return key_work(self.tiles, BLOCK_K, DKDV_BLOCK_Q, self.group, self.q.device)
+        return plan_work(self.tiles, self.extras.blocks, DKDV_BLOCK_Q, self.group, self.q.device)
+
+    def add_dq(self, work: WorkList, do: Tensor, lse: Tensor, delta: Tensor, dq: Tensor) -> None:
+        kernel = _kernel("dq")
+        grid = (work.num_blocks * self.group * -(-work.num_heads // self.group), self.q.shape[0])
+        constants = {"BLOCK_K": DQ_BLOCK_K, "STAGES": DQ_STAGES}
+        _launch_backward(self, kernel, grid, work, DQ_BLOCK_K, do, lse, delta, (dq,), constants)
+
+    def add_dkdv(self, work: WorkList, do: Tensor, lse: Tensor, delta: Tensor, dk: Tensor, dv: Tensor) -> None:
+        kernel = _kernel("dkdv")
+        grid = (work.num_blocks * work.num_heads, self.q.shape[0])
+        _launch_backward(self, kernel, grid, work, HALF, do, lse, delta, (dk, dv), {"STAGES": DKDV_STAGES})
+
+
+def _launch_backward(
+    call: Call, kernel: Any, grid: tuple[int, int], work: WorkList, key_rows: int, do: Tensor, lse: Tensor, delta: Tensor,
+    sums: tuple[Tensor, ...], constants: dict[str, int],
+) -> None:  # fmt: skip
+    """lse, delta [B, H, N], contiguous. key_rows: of k and v that are copied at once. sums: dq, or dk and dv."""
+    q = call.q
+    with torch.cuda.device_of(q):
+        kernel[grid](
+            _descriptor(q, HALF), _descriptor(call.k, key_rows), _descriptor(call.v, key_rows), _descriptor(do, HALF),
+            lse, delta, *sums, work.blocks, work.ranges, work.num_blocks, work.num_long, *lse.stride()[:2], call.group,
+            call.scale * math.log2(math.e), call.scale, *row_strides(*sums),
+            D=q.shape[-1], WHOLE=call.whole, num_warps=4, **constants,
+        )  # fmt: skip
+
+
+def _kernel(name: str) -> Any:
+    """Imported when first needed: this package must import where there is no Gluon."""
+    return getattr(importlib.import_module(f"distattn.kernels.softmax.hopper_{name}"), f"{name}_kernel")
 
 
 def _is_portable(tiles: np.ndarray, extras: Extras | None, group: int, batch: int) -> bool:
@@ -131,16 +152,10 @@ def _is_portable(tiles: np.ndarray, extras: Extras | None, group: int, batch: in
     return not takes_plan(extras.blocks, tiles, group)
 
 
-def _query_work(tiles: np.ndarray, extras: Extras | None, device: torch.device) -> WorkList | None:
+def _query_work(tiles: np.ndarray, extras: Extras | None, block_k: int, device: torch.device) -> WorkList | None:
     if extras is None or extras.blocks is None:
-        return query_work(tiles, BLOCK_Q, BLOCK_K, device)
-    return plan_work(tiles, extras.blocks, BLOCK_K, 0, device)
-
-
-def _key_work(tiles: np.ndarray, extras: Extras | None, group: int, device: torch.device) -> WorkList | None:
-    if extras is None or extras.blocks is None:
-        return key_work(tiles, BACKWARD_BLOCK_K, BACKWARD_BLOCK_Q, group, device)
-    return plan_work(tiles, extras.blocks, BACKWARD_BLOCK_Q, group, device)
+        return query_work(tiles, BLOCK_Q, block_k, device)
+    return plan_work(tiles, extras.blocks, block_k, 0, device)
 
 
 def _forward(
@@ -152,7 +167,7 @@ def _forward(
         q, scale = -q, -scale
     num_chunks = -(-work.num_heads // group)
     num_items = work.num_blocks * num_chunks * group * q.shape[0]
-    kernel = importlib.import_module("distattn.kernels.softmax.hopper_forward").forward_kernel
+    kernel = _kernel("forward")
     num_programs = min(num_items, _num_multiprocessors(q.device))
     if _busiest(work, num_chunks * q.shape[0], group, num_programs) > MAX_BUSIEST:
         num_programs = num_items
@@ -176,22 +191,6 @@ def _busiest(work: WorkList, num_groups: int, group: int, num_programs: int) -> 
         loads = waves.sum(0)
         work.busiest[key] = float(loads.max() / loads.mean())
     return work.busiest[key]
-
-
-def _backward(
-    q: Tensor, k: Tensor, v: Tensor, do: Tensor, lse: Tensor, delta: Tensor, dq: Tensor, dk: Tensor, dv: Tensor,
-    work: WorkList, group: int, scale: float, *, whole: bool,
-) -> None:  # fmt: skip
-    """lse, delta [B, H, N], contiguous. dq is added to; so are dk and dv, unless ``whole``."""
-    kernel = importlib.import_module("distattn.kernels.softmax.hopper_backward").backward_kernel
-    half = BACKWARD_BLOCK_K // 2
-    with torch.cuda.device_of(q):
-        kernel[work.num_blocks * work.num_heads, q.shape[0]](
-            _descriptor(q, BACKWARD_BLOCK_Q), _descriptor(k, half), _descriptor(v, half), _descriptor(do, BACKWARD_BLOCK_Q),
-            lse, delta, dq, dk, dv, work.blocks, work.ranges, work.num_blocks, work.num_long, *lse.stride()[:2], group,
-            scale * math.log2(math.e), scale, *row_strides(dq, dk, dv),
-            D=q.shape[-1], STAGES=BACKWARD_STAGES, WHOLE=whole, num_warps=4,
-        )  # fmt: skip
 
 
 def _descriptor(x: Tensor, num_rows: int) -> Any:

@@ -47,6 +47,23 @@ def clear_rows(tile, num_rows, D: gl.constexpr, NUM_ROWS: gl.constexpr):
 
 
 @gluon.jit
+def copy_rows(desc, i_b, i_h, row, num_rows, tile, full, landed, num_landed, D: gl.constexpr, NUM_ROWS: gl.constexpr):
+    """Rows into a tile, zeros past ``num_rows``, with one arrival at ``full``. Returns how often ``landed`` was used."""
+    if num_rows >= NUM_ROWS:
+        mbarrier.expect(full, NUM_ROWS * D * 2)
+        tma.async_copy_global_to_shared(desc, [i_b, i_h, row, 0], full, tile)
+    else:
+        mbarrier.expect(landed, NUM_ROWS * D * 2)
+        tma.async_copy_global_to_shared(desc, [i_b, i_h, row, 0], landed, tile)
+        mbarrier.wait(landed, num_landed & 1)
+        clear_rows(tile, num_rows, D, NUM_ROWS)
+        fence_async_shared()
+        mbarrier.arrive(full, count=1)
+        num_landed += 1
+    return num_landed
+
+
+@gluon.jit
 def steps_of(ranges, first, end):
     """Steps of the ranges [first, end) of one block and kind."""
     return gl.where(first < end, gl.load(ranges + first * 8 + 7), 0)

@@ -63,7 +63,7 @@ class TritonBackend:
         softcap: float | None, extras: Extras | None = None,
     ) -> None:  # fmt: skip
         check_tensors(q=q, k=k, v=v, acc=carry.acc)
-        call = self._call(q, k, v, tiles, group, scale, softcap, extras, whole=False)
+        call = self.call(q, k, v, tiles, group, scale, softcap, extras, whole=False)
         work = call.query_work(call.configs.forward)
         if work is not None:
             call.forward(work, carry.acc, carry.m, carry.l)
@@ -75,18 +75,20 @@ class TritonBackend:
     ) -> None:  # fmt: skip
         do = with_unit_stride(do.to(q.dtype))
         check_tensors(q=q, k=k, v=v, do=do, dq=dq, dk=dk, dv=dv)
-        call = self._call(q, k, v, tiles, group, scale, softcap, extras, whole=False)
+        call = self.call(q, k, v, tiles, group, scale, softcap, extras, whole=False)
         by_query, by_key = call.query_work(call.configs.dq), call.key_work()
         if by_query is not None and by_key is not None:
             # Rows next to each other: the dk/dv kernel reads a row of LSE and delta for every block of scores.
-            call.backward(by_query, by_key, do, _powers(lse), delta.transpose(1, 2).contiguous(), dq, dk, dv)
+            lse, delta = powers(lse), delta.transpose(1, 2).contiguous()
+            call.add_dq(by_query, do, lse, delta, dq)
+            call.add_dkdv(by_key, do, lse, delta, dk, dv)
 
     def attend_whole(
         self, q: Tensor, k: Tensor, v: Tensor, tiles: np.ndarray, *, group: int, scale: float, softcap: float | None,
         extras: Extras | None = None,
     ) -> tuple[Tensor, Tensor]:  # fmt: skip
         check_tensors(q=q, k=k, v=v)
-        call = self._call(q, k, v, tiles, group, scale, softcap, extras, whole=True)
+        call = self.call(q, k, v, tiles, group, scale, softcap, extras, whole=True)
         work = call.query_work(call.configs.forward)
         batch, rows, heads, _ = q.shape
         out = q.new_empty((batch, rows, heads, v.shape[-1]))
@@ -104,7 +106,7 @@ class TritonBackend:
     ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
         do, out = with_unit_stride(do.to(q.dtype)), with_unit_stride(out)
         check_tensors(q=q, k=k, v=v, do=do)
-        call = self._call(q, k, v, tiles, group, scale, softcap, extras, whole=True)
+        call = self.call(q, k, v, tiles, group, scale, softcap, extras, whole=True)
         by_query, by_key = call.query_work(call.configs.dq), call.key_work()
         dq, dk, dv = (torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, v))
         for work, sums in ((by_query, (dq,)), (by_key, (dk, dv))):
@@ -112,14 +114,15 @@ class TritonBackend:
                 for x in sums:
                     x.zero_()
         if by_query is not None and by_key is not None:
-            delta = row_delta(out, do, dlse)
-            call.backward(by_query, by_key, do, _powers(lse), delta, dq, dk, dv)
+            lse, delta = powers(lse), row_delta(out, do, dlse)
+            call.add_dq(by_query, do, lse, delta, dq)
+            call.add_dkdv(by_key, do, lse, delta, dk, dv)
         return dq, dk, dv
 
-    def _call(
+    def call(
         self, q: Tensor, k: Tensor, v: Tensor, tiles: np.ndarray, group: int, scale: float, softcap: float | None,
         extras: Extras | None, *, whole: bool,
-    ) -> _Call:  # fmt: skip
+    ) -> Call:  # fmt: skip
         configs = self._configs
         if configs is None and q.device.type == "cpu":
             configs = INTERPRETER_CONFIGS
@@ -130,7 +133,7 @@ class TritonBackend:
         if extras.blocks is not None:
             extras.blocks.check(tiles, q.shape[0])
             configs = plan_configs(configs, extras.blocks.plan.block_q, extras.blocks.plan.block_k)
-        return _Call(q, k, v, tiles, group, scale, _score_numbers(scale, softcap), extras, configs, whole)
+        return Call(q, k, v, tiles, group, scale, _score_numbers(scale, softcap), extras, configs, whole)
 
 
 class _Scores(NamedTuple):
@@ -143,7 +146,7 @@ class _Scores(NamedTuple):
 
 
 @dataclass(frozen=True, eq=False)
-class _Call:
+class Call:
     """One call's inputs, and its launches."""
 
     q: Tensor
@@ -182,28 +185,37 @@ class _Call:
             *row_strides(self.q, self.k, self.v, acc, m, l), *bias.stride()[:2],
         )  # fmt: skip
 
-    def backward(
-        self, by_query: WorkList, by_key: WorkList, do: Tensor, lse: Tensor, delta: Tensor, dq: Tensor, dk: Tensor, dv: Tensor
-    ) -> None:
-        """lse [B, H, N] as from ``_powers``, delta [B, H, N]."""
+    def add_dq(self, work: WorkList, do: Tensor, lse: Tensor, delta: Tensor, dq: Tensor) -> None:
+        """lse [B, H, N] as from ``powers``, delta [B, H, N]."""
+        _, inputs, numbers, strides = self._backward_arguments(do, lse, delta)
+        config = self.configs.dq
+        self._launch(
+            "dq", self._query_grid(work), config, *inputs, dq, work.blocks, work.ranges,
+            *self._lists(work, config.block_q, transposed=False), work.num_blocks, work.num_long, *numbers, *strides,
+            *row_strides(dq),
+        )  # fmt: skip
+
+    def add_dkdv(self, work: WorkList, do: Tensor, lse: Tensor, delta: Tensor, dk: Tensor, dv: Tensor) -> None:
+        """lse [B, H, N] as from ``powers``, delta [B, H, N]. The gradient of a key bias, too, goes to where the call has it."""
+        bias, inputs, numbers, strides = self._backward_arguments(do, lse, delta)
+        config, dbias = self.configs.dkdv, torch.zeros_like(bias)
+        self._launch(
+            "dkdv", (work.num_blocks * work.num_heads, self.q.shape[0]), config, *inputs, dk, dv, dbias,
+            work.blocks, work.ranges, *self._lists(work, config.block_k, transposed=True),
+            work.num_blocks, work.num_long, *numbers, *strides, *row_strides(dk, dv), *dbias.stride()[:2],
+        )  # fmt: skip
+        if self.extras.dkey_bias is not None:
+            self.extras.dkey_bias.add_(dbias.transpose(1, 2))
+
+    def _backward_arguments(
+        self, do: Tensor, lse: Tensor, delta: Tensor
+    ) -> tuple[Tensor, tuple[Tensor, ...], tuple[float, ...], list[int]]:
+        """(bias, inputs, numbers, strides) that the kernels of the backward have in common."""
         bias, lines = self._lines()
         inputs = (self.q, self.k, self.v, do, lse, delta, *lines)
         numbers = (self.group, self.scores.score_scale, self.scores.cap_scale, float(self.scale))
         strides = [*row_strides(self.q, self.k, self.v, do), *lse.stride()[:2], *delta.stride()[:2], *bias.stride()[:2]]
-        self._launch(
-            "dq", self._query_grid(by_query), self.configs.dq, *inputs, dq, by_query.blocks, by_query.ranges,
-            *self._lists(by_query, self.configs.dq.block_q, transposed=False),
-            by_query.num_blocks, by_query.num_long, *numbers, *strides, *row_strides(dq),
-        )  # fmt: skip
-        dbias = torch.zeros_like(bias)
-        self._launch(
-            "dkdv", (by_key.num_blocks * by_key.num_heads, self.q.shape[0]), self.configs.dkdv, *inputs, dk, dv, dbias,
-            by_key.blocks, by_key.ranges, *self._lists(by_key, self.configs.dkdv.block_k, transposed=True),
-            by_key.num_blocks, by_key.num_long, *numbers,
-            *strides, *row_strides(dk, dv), *dbias.stride()[:2],
-        )  # fmt: skip
-        if self.extras.dkey_bias is not None:
-            self.extras.dkey_bias.add_(dbias.transpose(1, 2))
+        return bias, inputs, numbers, strides
 
     def _lines(self) -> tuple[Tensor, tuple[Tensor, Tensor, Tensor]]:
         """(bias [B, Hk, Nk] as the kernels add it; bias, pos_q, pos_k as arguments, where absent an address not read)."""
@@ -268,7 +280,7 @@ def _positions(work: WorkList, plan: BlockPlan, full: BlockLists, partial: Block
     return positions
 
 
-def _powers(lse: Tensor) -> Tensor:
+def powers(lse: Tensor) -> Tensor:
     """The LSE in powers of two, +∞ where a row saw nothing, rows next to each other: [B, H, N] from [B, N, H]."""
     powers = lse.transpose(1, 2) * math.log2(math.e)
     return powers.masked_fill_(powers == float("-inf"), float("inf")).contiguous()
