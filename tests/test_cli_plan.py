@@ -139,6 +139,15 @@ def test_a_given_layout_is_used(layout: str, strategy: str):
     assert found["layout_reason"] == "given"
 
 
+def test_documents_stay_whole_where_they_are_even_and_the_refusal_says_what_to_choose_otherwise():
+    found = numbers("--mask documents --lengths 600,300,300,600 --ranks 2 --heads 2 --strategy ring --layout whole_documents")
+    assert found["layout"] == "whole_documents"
+    assert sum(found["bytes_sent_per_rank"]) == 0
+    uneven = refused("--mask documents --lengths 900,1200 --ranks 2 --heads 2 --strategy ring --layout whole_documents")
+    assert "uncut, these documents leave 2 ranks uneven" in uneven
+    assert "choose per_document_zigzag" in uneven
+
+
 def test_value_dim_and_dtype_count():
     line = "--mask full --seq-len 64 --ranks 2 --strategy ring --layout contiguous --heads 2 --head-dim 16"
     narrow, wide = numbers(line), numbers(f"{line} --value-dim 48 --dtype float32")

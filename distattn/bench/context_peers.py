@@ -132,18 +132,17 @@ def torch_flex(case: Case, mask: Mask, ranks: Ranks, *, balance: str) -> Engine:
     if create_mask is None:
         raise Refused(f"torch {torch.__version__} has no _create_cp_block_mask")
     _needs_even_shards(case, ranks, 128 * ranks.num_ranks)
-    if ranks.device.type != "cuda":
-        raise Refused("compiled FlexAttention has no backward on CPU")
+    module = _flex_module(ranks.device)
     torch._dynamo.reset()
     cp._compiled_create_block_mask = None  # compiled code that the reset took away
-    block_mask = mask.to_flex(device=ranks.device)
     if balance == "ptrr":
-        balancer = balancers._PTRRLoadBalancer(block_mask, ranks.num_ranks)
+        balancer = balancers._PTRRLoadBalancer(mask.to_flex(device=ranks.device), ranks.num_ranks)
     else:
         balancer = balancers._HeadTailLoadBalancer(case.tokens, ranks.num_ranks, ranks.device)
     order = balancer._generate_indices(restore=False)
-    local = create_mask(flex_predicate(case, ranks.device.type), 1, 1, case.tokens, case.tokens, ranks.mesh, balancer)
-    module = _FlexModule()
+    # Which blocks are seen is found once and not timed: where the mask fits as a matrix, without compiling that, too.
+    with torch.compiler.set_stance("force_eager" if case.tokens <= MAX_DENSE_TOKENS else "default"):
+        local = create_mask(flex_predicate(case, ranks.device.type), 1, 1, case.tokens, case.tokens, ranks.mesh, balancer)
     module = cp._ContextParallel(seq_dim=2, attention_type=cp._ContextParallel.AttentionType.FLEX)._apply(module, ranks.mesh)
     call = partial(module, block_mask=local, enable_gqa=case.heads != case.kv_heads)
     return Engine(ranks.shard(order[0]), True, call, {"layout": balance}, torch._dynamo.reset)
@@ -160,6 +159,12 @@ def flex_predicate(case: Case, device: str) -> Predicate:
     return predicate(case.mask, case.tokens, case.seed, device) or (lambda b, h, i, j: i >= 0)
 
 
+def _flex_module(device: torch.device) -> torch.nn.Module:
+    if device.type != "cuda":
+        raise Refused("compiled FlexAttention has no backward on CPU")
+    return _FlexModule()
+
+
 class _FlexModule(torch.nn.Module):
     """FlexAttention as a module, since torch's context parallel hooks onto modules."""
 
@@ -169,8 +174,9 @@ class _FlexModule(torch.nn.Module):
 
         self.compiled = torch.compile(flex_attention, dynamic=False)
 
-    def forward(self, query: Tensor, key: Tensor, value: Tensor, **options: Any) -> Any:
-        return self.compiled(query, key, value, **options)
+    def forward(self, query: Tensor, key: Tensor, value: Tensor, *more: Any, **options: Any) -> Any:
+        # Some versions' hook hands score_mod and block_mask on by their places.
+        return self.compiled(query, key, value, *more, **options)
 
 
 def deepspeed_ulysses(case: Case, mask: Mask, ranks: Ranks) -> Engine:

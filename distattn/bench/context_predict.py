@@ -46,7 +46,7 @@ class Predicted:
 
     @property
     def exposed_seconds(self) -> float:
-        return self.forward.exposed_communication_seconds + self.backward.exposed_communication_seconds
+        return self.seconds - total_seconds(self.forward, self.backward, free_links=True)
 
     @property
     def peak_memory_bytes(self) -> int:

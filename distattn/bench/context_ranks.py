@@ -17,6 +17,7 @@ import statistics
 import sys
 import threading
 import time
+import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -52,12 +53,15 @@ FLUSH_BYTES = 256 << 20
 PROFILED_MS = 40.0
 """Calls of ours up to this long are profiled: launches and waits only count in those."""
 
-IDEAL_FLOPS = 5e14
+IDEAL_FLOPS = 2.5e14
 """Where one device has more than this to do in a call, forward and backward, it does a share of the heads, which counts for
 all of them: heads are independent, and one of them fills a device at such lengths."""
 
 _NO_MORE = ("CUDA error", "NCCL", "TransportError")
 """In an error's text: what leaves the process unfit for another cell."""
+
+_SHOWN_FRAMES = 12
+"""Of where a rank was when its cell took too long."""
 
 NAMES = ("out", "dq", "dk", "dv")
 
@@ -382,7 +386,8 @@ def _cell(runner: Runner, report: Report, name: str, data: Data) -> bool:
             report.save()
         with _limited(runner):
             cell, fit = _attempt(runner, report, name, data)
-        data.ideal = cell if name == IDEAL else data.ideal
+        if name == IDEAL:  # measured again by a run that goes on, for its results: the cells there are compared with the first
+            cell = data.ideal = report.results[key] if "total_ms" in report.results.get(key, {}) else cell
     # Ranks but the first keep results in memory only: twins are looked up there.
     report.results[key] = cell
     if first:
@@ -398,7 +403,9 @@ def _limited(runner: Runner) -> Iterator[None]:
     exception reaches it. The command then starts new ones."""
 
     def expire() -> None:
-        _note(runner).write_text(f"took longer than {runner.settings.cell_seconds:g} s")
+        frames = traceback.extract_stack(sys._current_frames().get(threading.main_thread().ident or 0))
+        where = " < ".join(f"{Path(x.filename).name}:{x.lineno} {x.name}" for x in reversed(frames[-_SHOWN_FRAMES:]))
+        _note(runner).write_text(f"took longer than {runner.settings.cell_seconds:g} s, in {where}")
         os._exit(1)
 
     timer = threading.Timer(runner.settings.cell_seconds, expire)

@@ -31,7 +31,7 @@ class Report:
 
     @classmethod
     def begin(cls, path: Path, environment: dict[str, Any]) -> Report:
-        """Go on with the cells of the same device, commit and settings in ``path``, or begin anew.
+        """Go on with the cells of the same device, commit and settings in ``path``, or begin anew. What failed is tried again.
 
         ConfigError: the file is something else.
         """
@@ -39,7 +39,7 @@ class Report:
         if path.exists():
             before = cls.read(path)
             if all(before.environment.get(key) == environment.get(key) for key in _COMPARED):
-                results = before.results
+                results = {key: cell for key, cell in before.results.items() if "failed" not in cell}
         path.parent.mkdir(parents=True, exist_ok=True)
         report = cls(path, environment, results)
         report.save()

@@ -34,7 +34,7 @@ _MASKS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "global_window": (("seq_len", "globals", "left"), ("right",)),
     "block_causal": (("seq_len|lengths", "block"), ()),
 }
-_LAYOUTS = ("auto", "contiguous", "zigzag", "per_document_zigzag", "balanced", "striped")
+_LAYOUTS = ("auto", "contiguous", "whole_documents", "zigzag", "per_document_zigzag", "balanced", "striped")
 _USAGE_ERRORS = (ConfigError, PlanError, MaskError, LayoutError, UnsupportedError)
 _MANY_RANKS = 16
 
@@ -266,14 +266,18 @@ def _given_layout(name: str, mask: Mask, ranks: int) -> Layout | None:
     rows = mask.num_queries
     if name == "auto":
         return None
-    if name == "contiguous":
-        return Layout.contiguous(rows, ranks)
-    if name == "zigzag":
-        return Layout.zigzag(rows, ranks)
+    if name in ("contiguous", "zigzag", "striped"):
+        return getattr(Layout, name)(rows, ranks)
     if name == "balanced":
         return Layout.balanced(mask, ranks)
-    if name == "striped":
-        return Layout.striped(rows, ranks)
+    if name == "whole_documents":
+        whole = Layout.whole_documents(mask, ranks, mask.segments())
+        if whole is None:
+            raise ConfigError(
+                f"--layout whole_documents: uncut, these documents leave {ranks} ranks uneven, by rows or by attention; choose "
+                "per_document_zigzag, which cuts the longest, or auto"
+            )
+        return whole
     if name == "per_document_zigzag":
         cuts = mask.segments()
         return Layout.per_document_zigzag(cuts[1:] - cuts[:-1], ranks)

@@ -122,8 +122,7 @@ class Cost:
     area: allowed (query, key, head) triples that are computed; attend_area: pairs of each Attend, int64 [n].
     flops: int64 [P, S] by rank and stage. messages: int64 [m, 5], columns ``MESSAGE_COLUMNS``, one row per message between
     two ranks, sorted by (issue, due). resident_bytes: int64 [P, S + 1] by rank and time: slots only, the home ones included,
-    without the transport's staging buffers. absorbed_bytes: int64 [P, S + 1]: results and gradients that arrive by then to be
-    added to what the rank has.
+    without the transport's staging buffers.
     """
 
     backward: bool
@@ -132,7 +131,6 @@ class Cost:
     flops: np.ndarray = field(repr=False)
     messages: np.ndarray = field(repr=False)
     resident_bytes: np.ndarray = field(repr=False)
-    absorbed_bytes: np.ndarray = field(repr=False)
 
     @cached_property
     def flops_per_rank(self) -> np.ndarray:
@@ -180,7 +178,6 @@ def count(program: Program, mask: Mask, shape: Shape) -> Cost:
         flops=flops,
         messages=_messages(program, shape),
         resident_bytes=_resident_bytes(program, shape),
-        absorbed_bytes=_absorbed_bytes(program, shape),
     )
 
 
@@ -253,16 +250,6 @@ def move_bytes(program: Program, shape: Shape) -> np.ndarray:
         narrower = (shape.accumulator_bytes - shape.input_bytes) * (shape.input_bytes == 2)
         per_row = per_row - narrower * rounded[moves[:, MOVE_KIND]] * gradients_alone(program)
     return cells * per_row
-
-
-def _absorbed_bytes(program: Program, shape: Shape) -> np.ndarray:
-    """Bytes of the reductions that are due at each rank and time, int64 [P, S + 1]."""
-    moves = program.moves
-    reduces = np.isin(moves[:, MOVE_KIND], (Q_OUT, KV_OUT))
-    out = np.zeros((program.num_ranks, program.num_stages + 1), np.int64)
-    into = program.slots[moves[reduces, MOVE_DST], SLOT_RANK]
-    np.add.at(out, (into, moves[reduces, MOVE_DUE]), move_bytes(program, shape)[reduces])
-    return out
 
 
 def _messages(program: Program, shape: Shape) -> np.ndarray:

@@ -7,12 +7,13 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 
 import numpy as np
 
-from distattn.calibration import Calibration, KernelRate, load_calibration
+from distattn.calibration import Calibration, KernelCell, KernelRate, load_calibration
 from distattn.errors import ConfigError
-from distattn.kernels.selection import shipped_rates
+from distattn.kernels.selection import Rates, shipped_rates
 
 MEASURED = "measured"
 """The hardware that ``distattn bench calibrate`` found here."""
@@ -27,10 +28,11 @@ class Hardware:
     inside_latency_us, between_latency_us: from posting a message to its first byte.
     launch_us: start of the kernels of one stage. copy_gb_per_second: at which a device reads and writes its own memory, for
     merging what arrives; infinite: not counted. kernels: measured rates, which then take the place of tflops and launch_us;
-    calibration: their digest, so that ranks can compare what they predict with. needs_out: the backward kernels read the
-    forward's output, which travels where queries do. host_exchange_us, host_message_us, host_launch_us: what the host takes to
-    post an exchange, for each Move that it packs for another rank or takes from one, and to start a kernel or a merge;
-    host_ahead_us: how far it is ahead of the device when a call begins, as in the middle of a training step.
+    cells: single times that correct them near what was timed; calibration: their digest, so that ranks can compare what they
+    predict with. needs_out: the backward kernels read the forward's output, which travels where queries do. host_exchange_us,
+    host_message_us, host_launch_us: what the host takes to post an exchange, for each Move that it packs for another rank or
+    takes from one, and to start a kernel or a merge; host_ahead_us: how far it is ahead of the device when a call begins, as in
+    the middle of a training step.
     """
 
     name: str
@@ -48,6 +50,7 @@ class Hardware:
     host_launch_us: float = 0.0
     host_ahead_us: float = 0.0
     kernels: tuple[KernelRate, ...] = field(default=(), repr=False)
+    cells: tuple[KernelCell, ...] = field(default=(), repr=False)
     calibration: str = ""
     needs_out: bool = False
 
@@ -63,6 +66,16 @@ class Hardware:
         for time in ("inside_latency_us", "between_latency_us", "launch_us", *host):
             if not getattr(self, time) >= 0:
                 raise ConfigError(f"hardware {self.name}: {time} must not be negative, got {getattr(self, time)}")
+
+    @cached_property
+    def rates(self) -> Rates:
+        """Of its kernels, as the choice among them has them."""
+        return Rates(Calibration(self.name, kernels=self.kernels, cells=self.cells), self.name)
+
+    @cached_property
+    def rates_key(self) -> int:
+        """Equal where the rates of kernels are."""
+        return hash((self.kernels, self.cells))
 
     def flops_per_second(self, *, backward: bool) -> float:
         return (self.backward_tflops if backward else self.forward_tflops) * 1e12
@@ -178,7 +191,7 @@ def calibrated(calibration: Calibration, *, ranks_per_node: int | None = None) -
             found = replace(found, **rates)
     if ranks_per_node is not None:
         found = replace(found, ranks_per_node=ranks_per_node)
-    kernels = calibration.kernels
-    if not kernels and family in ("h100", "h200"):
-        kernels = shipped_rates().kernels
-    return replace(found, kernels=kernels)
+    measured = calibration
+    if not calibration.kernels and family in ("h100", "h200"):
+        measured = shipped_rates()
+    return replace(found, kernels=measured.kernels, cells=measured.cells)

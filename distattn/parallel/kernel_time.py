@@ -58,7 +58,7 @@ def price(mask: Mask, hardware: Hardware, heads: int, width: int, *, backward: b
     where the hardware has no rates. width: the larger head dimension. group: query heads a KV head."""
     if not hardware.kernels:
         return None
-    key = (mask.digest, hardware.kernels, heads, width, backward, group)
+    key = (mask.digest, hardware.rates_key, heads, width, backward, group)
     if key not in _prices:
         _prices[key] = _price(mask, hardware, heads, width, backward=backward, group=group)
         if len(_prices) > _MAX_PRICES:

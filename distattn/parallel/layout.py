@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import heapq
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -20,6 +21,22 @@ from distattn.mask import Mask
 from distattn.parallel.csr import expand
 
 MAX_STRIPES_PER_RANK = 32
+
+UNEVEN_ROWS = 1 / 512
+"""By how much of the mean a rank's rows may exceed it, for documents to stay whole: all that is not attention waits for it."""
+
+UNEVEN_AREA = 1.25
+"""A document with more area than this times a rank's mean is not kept whole."""
+
+_MAX_DOCUMENTS = 65_536
+"""More are not dealt one by one: planning would take longer than that of all other layouts."""
+
+_LITTLE_AREA = 1 / 32
+"""Documents with this share of all area, the shortest, are dealt by rows instead of area."""
+
+_DEALS, _EVEN_AREA = 4, 1.005
+"""Documents are dealt so often, or until no rank has more than this times the mean area: a rank that got most of those that are
+dealt by rows gets less area next time."""
 
 _FINE_BALANCE = 1.02
 """Busiest rank over the mean at which finer chunks are not worth their cuts."""
@@ -174,6 +191,36 @@ class Layout:
         return best[1]
 
     @classmethod
+    def whole_documents(cls, mask: Mask, num_ranks: int, edges: np.ndarray) -> Layout | None:
+        """Documents uncut, so that nothing is sent, where rows and area are nearly even then; else None.
+
+        edges: where the mask can be cut, ``mask.segments()``. The largest area comes first, each to the rank with the
+        least that has room; those that have nearly none in all go where rows are missing.
+        """
+        _check(mask.num_queries, num_ranks)
+        starts, rows = edges[:-1], np.diff(edges)
+        room = math.ceil((1 + UNEVEN_ROWS) * mask.num_queries / num_ranks)
+        if not num_ranks < len(rows) <= _MAX_DOCUMENTS or rows.max() > room:
+            return None
+        area = _area_between(mask, starts)
+        if area.max() * num_ranks > UNEVEN_AREA * mask.area:
+            return None
+        best: tuple[int, np.ndarray] | None = None
+        surplus = np.zeros(num_ranks, np.int64)
+        for _ in range(_DEALS):
+            owner = _into_room(rows, area, surplus, room)
+            if owner is None:
+                break
+            load = np.zeros(num_ranks, np.int64)
+            np.add.at(load, owner, area)
+            if best is None or load.max() < best[0]:
+                best = int(load.max()), owner
+            if best[0] * num_ranks <= _EVEN_AREA * mask.area:
+                break
+            surplus += load - mask.area // num_ranks
+        return best and _from_owned("whole_documents", mask.num_queries, num_ranks, starts, edges[1:], best[1])
+
+    @classmethod
     def striped(cls, num_rows: int, num_ranks: int, *, block: int = 1) -> Layout:
         """Blocks of ``block`` rows dealt round robin; at most 32 blocks a rank, larger blocks otherwise."""
         _check(num_rows, num_ranks)
@@ -248,6 +295,34 @@ def _fill(rows: np.ndarray, area: np.ndarray, room: np.ndarray) -> tuple[np.ndar
                 heapq.heappush(heap, (load + float(area[i]) * taken / size, r))
     flat = np.array([x for part in parts for x in part], np.int64).reshape(-1, 2)
     return flat[:, 0], flat[:, 1], np.array([len(x) for x in parts], np.int64)
+
+
+def _into_room(rows: np.ndarray, area: np.ndarray, surplus: np.ndarray, room: int) -> np.ndarray | None:
+    """The rank of each document, int64; None where one finds none with room. surplus: int64 [P], the area by which each rank
+    was above the mean before."""
+    num_ranks = len(surplus)
+    order = np.lexsort((-rows, -area))
+    later = int(np.searchsorted(-np.cumsum(area[order][::-1])[::-1], -_LITTLE_AREA * area.sum()))
+    owner, left = np.zeros(len(rows), np.int64), [room] * num_ranks
+    heap: list[tuple[int, int]] = []
+    for r, i in enumerate(order[:num_ranks].tolist()):  # whatever a rank's surplus: it comes of what it begins with
+        owner[i], left[r] = r, room - int(rows[i])
+        heapq.heappush(heap, (int(area[i] + surplus[r]), r))
+    for i in order[num_ranks:later].tolist():
+        size, too_full = int(rows[i]), []
+        while heap and left[heap[0][1]] < size:
+            too_full.append(heapq.heappop(heap))
+        if not heap:
+            return None
+        load, r = heap[0]
+        owner[i], left[r] = r, left[r] - size
+        heapq.heapreplace(heap, (load + int(area[i]), r))
+        for entry in too_full:
+            heapq.heappush(heap, entry)
+    little = order[max(later, num_ranks) :]
+    little = little[np.argsort(-rows[little], kind="stable")]
+    owner[little] = _least_loaded(rows[little], room - np.array(left))
+    return owner if np.bincount(owner, weights=rows, minlength=num_ranks).max() <= room else None
 
 
 def _least_loaded(lengths: np.ndarray, held: np.ndarray) -> np.ndarray:

@@ -10,7 +10,8 @@ computes stage t. What is assumed:
 - Kernels run at one rate whatever their tiles, and every stage that computes pays one launch; with measured rates a rank's
   take what ``tile_time`` says of its tiles, spread over stages as ``kernel_time`` says of its pairs. Transfers cost
   the kernels nothing. Adding up what arrives takes its bytes three times over the device's memory; packing some of a slot's
-  heads, and placing some of its rows or heads, twice.
+  heads, and placing some of its rows or heads, twice. Some of the heads are moved element by element, which is slower.
+- Each rank begins the backward when it is done with the forward: who has less to do in one may have more in the other.
 - The host's work counts where it is longer than all the device's.
 """
 
@@ -30,14 +31,14 @@ from distattn.parallel.hardware import Hardware
 from distattn.parallel.program import (
     ATTEND_Q,
     ATTEND_STAGE,
-    KV_IN,
+    KV_OUT,
     MOVE_DST,
     MOVE_DUE,
     MOVE_ISSUE,
     MOVE_KIND,
     MOVE_ROWS,
     MOVE_SRC,
-    Q_IN,
+    Q_OUT,
     SLOT_H0,
     SLOT_H1,
     SLOT_RANK,
@@ -47,6 +48,10 @@ from distattn.parallel.program import (
 
 if TYPE_CHECKING:
     from distattn.mask import Mask
+
+STRIDED_GB_PER_SECOND = 1450.0
+"""What a device moves, read and written, where torch copies some of the heads of many rows: 18 copies of 33.5 MB took 0.86 ms
+on an H100 (profile of ``ulysses`` in benchmarks/results/context-h100-x2.json) and 0.82 ms on an H200."""
 
 
 @dataclass(frozen=True)
@@ -93,6 +98,7 @@ class Prediction:
     seconds: when the last rank is done, if its host keeps ahead of it. host_seconds: what the busiest host takes to start all
     of it. ideal_seconds: all work spread evenly at the kernel's rate. free_links_seconds: the
     same timeline with transfers that take no time, so that what it takes beyond the ideal is imbalance and launches.
+    busy [P, S+1]: seconds of each rank's device in every stage, and after the last one.
     """
 
     hardware: Hardware
@@ -102,6 +108,7 @@ class Prediction:
     seconds: float
     ideal_seconds: float
     free_links_seconds: float
+    busy: np.ndarray = field(repr=False)
     host_seconds: float = 0.0
 
     @property
@@ -172,21 +179,33 @@ def predict(
             compute *= tile_time.factors(tiles.ranks, scale * tiles.seconds, compute.sum(1))[:, None]
         ideal_seconds = whole_seconds / program.num_ranks
     # What arrives at time t is added, and what leaves then packed, before stage t; the last of it comes after all stages.
-    absorb = (3 * cost.absorbed_bytes + 2 * _copied_bytes(program, shape)) / (hardware.copy_gb_per_second * 1e9)
-    compute = compute + absorb[:, :-1]
-    sources, destinations, sizes = (cost.messages[:, column] for column in (M_SRC, M_DST, M_BYTES))
-    line = simulate(compute, cost.messages, hardware.transfer_seconds(sources, destinations, sizes), hardware)
-    free = simulate(compute, cost.messages, np.zeros(len(cost.messages)), hardware)
+    busy = _memory_seconds(program, shape, hardware)
+    busy[:, :-1] += compute
+    line = _lay_out(busy, cost.messages, hardware)
     return Prediction(
         hardware=hardware,
         shape=shape,
         cost=cost,
         timeline=line,
-        seconds=line.seconds + float(absorb[:, -1].max()),
+        seconds=float(_ends(line, busy).max()),
         ideal_seconds=ideal_seconds,
-        free_links_seconds=free.seconds + float(absorb[:, -1].max()),
+        free_links_seconds=float(_ends(_lay_out(busy, cost.messages, hardware, free_links=True), busy).max()),
+        busy=busy,
         host_seconds=_host_seconds(program, hardware, tiles),
     )
+
+
+def _lay_out(
+    busy: np.ndarray, messages: np.ndarray, hardware: Hardware, start: np.ndarray | None = None, *, free_links: bool = False
+) -> Timeline:
+    sources, destinations, sizes = (messages[:, column] for column in (M_SRC, M_DST, M_BYTES))
+    transfer = np.zeros(len(messages)) if free_links else hardware.transfer_seconds(sources, destinations, sizes)
+    return simulate(busy[:, :-1], messages, transfer, hardware, start)
+
+
+def _ends(line: Timeline, busy: np.ndarray) -> np.ndarray:
+    """When each rank is done, float64 [P]. What comes after all stages waits for the last rank's: transfers end together."""
+    return line.go[:, -1] + busy[:, -1]
 
 
 def _scale(
@@ -198,32 +217,43 @@ def _scale(
     they say nothing.
     """
     group, kernel = program.heads // program.kv_heads, None if price is None else price.backend
-    whole = tile_time.of_whole(
-        mask, hardware.kernels, kernel, heads=program.heads, group=group, width=width, backward=program.backward
-    )
+    whole = tile_time.of_whole(mask, hardware, kernel, heads=program.heads, group=group, width=width, backward=program.backward)
     if price is None or whole is None:
         return float(whole.seconds[0]) if whole else seconds, 1.0
     return seconds, seconds / float(whole.seconds[0]) if price.backend == backend else 1.0
 
 
-def total_seconds(forward: Prediction, backward: Prediction) -> float:
-    """Of a forward and its backward: the device's time, or the host's where that is longer even with its head start."""
-    host = forward.host_seconds + backward.host_seconds - 1e-6 * forward.hardware.host_ahead_us
-    return max(forward.seconds + backward.seconds, host)
+def total_seconds(forward: Prediction, backward: Prediction, *, free_links: bool = False) -> float:
+    """Of a forward and its backward, one after the other on each rank: the device's time, or the host's where that is longer
+    even with its head start. free_links: with transfers that take no time."""
+    hardware, start = forward.hardware, np.zeros(len(forward.busy))
+    for x in (forward, backward):
+        start = _ends(_lay_out(x.busy, x.cost.messages, hardware, start, free_links=free_links), x.busy)
+    host = forward.host_seconds + backward.host_seconds - 1e-6 * hardware.host_ahead_us
+    return max(float(start.max()), host)
 
 
-def _copied_bytes(program: Program, shape: Shape) -> np.ndarray:
-    """Bytes that are packed before they leave, since they are some of a slot's heads, and copied to their place where they are
-    some of a slot's rows or heads; int64 [P, S + 1] by rank and the time when this is done."""
+def _memory_seconds(program: Program, shape: Shape, hardware: Hardware) -> np.ndarray:
+    """What copies and sums around transfers take on each rank from time to time, float64 [P, S + 1].
+
+    Some of a slot's heads are packed before they leave; what fills some of a slot's rows or heads is copied to its place, and
+    results and gradients are added to what is there.
+    """
     moves, slots, heads = program.moves, program.slots, program.move_heads()
-    size = move_bytes(program, shape)
-    out = np.zeros((program.num_ranks, program.num_stages + 1), np.int64)
     src, dst = moves[:, MOVE_SRC], moves[:, MOVE_DST]
     some_heads = [(heads != slots[slot][:, [SLOT_H0, SLOT_H1]]).any(1) for slot in (src, dst)]
     some_rows = program.row_counts[moves[:, MOVE_ROWS]] != program.row_counts[slots[dst, SLOT_ROWS]]
-    np.add.at(out, (slots[src, SLOT_RANK], moves[:, MOVE_ISSUE]), size * some_heads[0])
-    placed = np.isin(moves[:, MOVE_KIND], (Q_IN, KV_IN)) & (some_heads[1] | some_rows)
-    np.add.at(out, (slots[dst, SLOT_RANK], moves[:, MOVE_DUE]), size * placed)
+    crossing = slots[src, SLOT_RANK] != slots[dst, SLOT_RANK]
+    fast = hardware.copy_gb_per_second * 1e9
+    slow = min(fast, STRIDED_GB_PER_SECOND * 1e9) if np.isfinite(fast) else fast
+    size = move_bytes(program, shape)
+    out = np.zeros((program.num_ranks, program.num_stages + 1))
+    packed = crossing & some_heads[0]
+    np.add.at(out, (slots[src, SLOT_RANK], moves[:, MOVE_ISSUE]), 2 * size * packed / slow)
+    adds = np.isin(moves[:, MOVE_KIND], (Q_OUT, KV_OUT))
+    times = np.where(adds, 3, 2 * (some_heads[1] | some_rows))
+    rate = np.where(some_heads[1] | (some_heads[0] & ~crossing), slow, fast)
+    np.add.at(out, (slots[dst, SLOT_RANK], moves[:, MOVE_DUE]), times * size / rate)
     return out
 
 
@@ -242,11 +272,14 @@ def _host_seconds(program: Program, hardware: Hardware, tiles: tile_time.TileTim
     return 1e-6 * (busiest + exchanges * hardware.host_exchange_us)
 
 
-def simulate(compute: np.ndarray, messages: np.ndarray, transfer: np.ndarray, hardware: Hardware) -> Timeline:
+def simulate(
+    compute: np.ndarray, messages: np.ndarray, transfer: np.ndarray, hardware: Hardware, start: np.ndarray | None = None
+) -> Timeline:
     """Run the event model.
 
     compute: seconds of each rank's stages, float64 [P, S]; messages: int64 [m, 5] as in ``Cost.messages``; transfer: seconds
-    of each message on free links, float64 [m]; hardware: which ranks share a node.
+    of each message on free links, float64 [m]; hardware: which ranks share a node; start: when each rank begins, float64 [P],
+    at 0 where None.
     """
     ranks, stages = compute.shape
     arrive, go, done = np.zeros((ranks, stages + 1)), np.zeros((ranks, stages + 1)), np.zeros((ranks, stages))
@@ -258,7 +291,7 @@ def simulate(compute: np.ndarray, messages: np.ndarray, transfer: np.ndarray, ha
     due_ptr = np.searchsorted(messages[by_due, M_DUE], np.arange(stages + 2))
     rounds = _rounds(messages, ranks, min(hardware.ranks_per_node, ranks))
     for t in range(stages + 1):
-        arrive[:, t] = done[:, t - 1] if t else 0
+        arrive[:, t] = done[:, t - 1] if t else 0 if start is None else start
         go[:, t] = arrive[:, t]
         due = by_due[due_ptr[t] : due_ptr[t + 1]]
         np.maximum.at(go[:, t], src[due], received[due])

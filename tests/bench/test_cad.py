@@ -120,6 +120,9 @@ def test_measured_steps_say_what_turns_cost(tmp_path: Path) -> None:
         pipeline_seconds(documents, 4, 2, replace(setting(), turns=turns), (None, None))[1] for turns in (1.0, 1.03)
     )
     assert plain < slower <= 1.0301 * plain
+    results["64|a|disaggregated"] = {"seconds": [[1.04] * 3], "waited_seconds": [[0.02] * 3], "wrong": False}
+    steps.write_text(json.dumps({"results": results}))
+    assert cost_of_turns(steps) == pytest.approx((1.04 / 1.02 + 1.02) / 2)
     steps.write_text(json.dumps({"results": {"64|a|ring": cell(1, 1)}}))
     with pytest.raises(ConfigError, match="holds no steps with and without ping-pong"):
         cost_of_turns(steps)

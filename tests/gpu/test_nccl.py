@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from functools import partial
 from typing import Any
 
 import pytest
@@ -90,44 +91,57 @@ def test_symmetric_memory_is_exact() -> None:
         assert "symmetric (given)" in text
 
 
+N_BF16 = 2048
+MASKS_BF16 = {
+    "causal": Mask.causal(N_BF16),
+    "documents": Mask.documents([700, 100, 1248]),
+    "window": Mask.sliding_window(N_BF16, 300),
+    "prefix": Mask.prefix_lm(N_BF16, 500),
+    "question": Mask.share_question(512, [500, 36, 1000]),
+}
+
+
 def run_bf16(rank: int, world: int) -> dict[str, list[tuple[float, float]]]:
-    """For each strategy: (our error, plain torch's error at the same dtype) of out, dq, dk, dv."""
-    n, width = 2048, 128
-    mask = Mask.causal(n)
-    tensors = [x.cuda().bfloat16() for x in inputs(n, HEADS, KV_HEADS, width, width)]
-    exact = plan(mask, heads=HEADS, kv_heads=KV_HEADS, head_dim=width, kernel="reference")
-
-    def gradients(fn: Any, *xs: torch.Tensor) -> list[torch.Tensor]:
-        leaves = [x.detach().clone().requires_grad_() for x in xs[:3]]
-        out = fn(*leaves)
-        out.backward(xs[3])
-        return [out.detach(), *(x.grad for x in leaves if x.grad is not None)]
-
-    def plain(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-        q, k, v = (x.transpose(1, 2) for x in (q, k, v))
-        return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True).transpose(1, 2)
-
-    want = gradients(lambda q, k, v: attention(q, k, v, exact), *(x.double() for x in tensors))
-    peer = gradients(plain, *tensors)
+    """For each mask and strategy: (our error, plain torch's error at the same dtype) of out, dq, dk, dv."""
+    width = 128
     results = {}
-    for strategy in SCHEDULERS:
-        made = plan(mask, heads=HEADS, kv_heads=KV_HEADS, head_dim=width, group=dist.group.WORLD, strategy=strategy)
-        got = gradients(lambda q, k, v, made=made: attention(q, k, v, made), *(made.shard(x) for x in tensors))
-        results[strategy] = [
-            (
-                (g.double() - made.shard(w)).abs().max().item(),
-                (p.double() - w).abs().max().item(),
-            )
-            for g, w, p in zip(got, want, peer, strict=True)
-        ]
+    for name, mask in MASKS_BF16.items():
+        tensors = [x.cuda().bfloat16() for x in inputs(N_BF16, HEADS, KV_HEADS, width, width)]
+        exact = plan(mask, heads=HEADS, kv_heads=KV_HEADS, head_dim=width, kernel="reference")
+        want = gradients(lambda q, k, v, exact=exact: attention(q, k, v, exact), *(x.double() for x in tensors))
+        peer = gradients(partial(plain, torch.from_numpy(mask.dense()).cuda()), *tensors)
+        for strategy in SCHEDULERS:
+            made = plan(mask, heads=HEADS, kv_heads=KV_HEADS, head_dim=width, group=dist.group.WORLD, strategy=strategy)
+            got = gradients(lambda q, k, v, made=made: attention(q, k, v, made), *(made.shard(x) for x in tensors))
+            results[f"{name} {strategy}"] = [
+                (
+                    (g.double() - made.shard(w)).abs().max().item(),
+                    (p.double() - w).abs().max().item(),
+                )
+                for g, w, p in zip(got, want, peer, strict=True)
+            ]
     return results
+
+
+def gradients(fn: Any, *xs: torch.Tensor) -> list[torch.Tensor]:
+    leaves = [x.detach().clone().requires_grad_() for x in xs[:3]]
+    out = fn(*leaves)
+    out.backward(xs[3])
+    return [out.detach(), *(x.grad for x in leaves if x.grad is not None)]
+
+
+def plain(allowed: torch.Tensor, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+    """torch's attention with a dense mask."""
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=allowed, enable_gqa=True).transpose(1, 2)
 
 
 def test_bf16_is_as_good_as_plain_torch() -> None:
     for results in run_ranks(run_bf16, WORLD, backend="nccl", timeout_s=240):
-        for strategy, errors in results.items():
-            for name, (ours, plain) in zip(("out", "dq", "dk", "dv"), errors, strict=True):
-                assert ours <= 2 * plain, f"{strategy} {name}: {ours} against {plain}"
+        assert len(results) == len(MASKS_BF16) * len(SCHEDULERS)
+        for case, errors in results.items():
+            for name, (ours, theirs) in zip(("out", "dq", "dk", "dv"), errors, strict=True):
+                assert ours <= 2 * theirs, f"{case} {name}: {ours} against {theirs}"
 
 
 def run_oversleep(rank: int, world: int, transport: str) -> tuple[str, float]:

@@ -8,8 +8,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from distattn.mask import Mask
-from distattn.parallel.layout import Layout, area_per_rank
-from distattn.parallel.schedulers.auto import choose_layout
+from distattn.parallel.cost import Shape, count
+from distattn.parallel.layout import UNEVEN_ROWS, Layout, area_per_rank
+from distattn.parallel.schedulers import find_scheduler
+from distattn.parallel.schedulers.auto import choose_layout, choose_strategy
+from distattn.parallel.verify import verify
 from tests.parallel.cases import random_mask
 
 
@@ -82,3 +85,40 @@ def test_short_documents_stay_whole() -> None:
 def test_a_mask_that_allows_nothing_and_one_of_no_rows() -> None:
     assert Layout.balanced(Mask.from_bands(np.zeros((0, 6), np.int64), 50, 50), 4).counts.tolist() == [12, 13, 12, 13]
     assert Layout.balanced(Mask.causal(0), 3).counts.tolist() == [0, 0, 0]
+
+
+@pytest.mark.parametrize("ranks", [2, 7, 64])
+def test_whole_documents_send_nothing_and_are_even(ranks: int) -> None:
+    lengths = [min(n, 2_000) for n in long_tailed(ranks * 40_000, 5.5, seed=ranks)]
+    mask = Mask.documents(lengths)
+    layout = Layout.whole_documents(mask, ranks, mask.segments())
+    assert layout is not None
+    assert layout.counts.max() <= np.ceil((1 + UNEVEN_ROWS) * mask.num_queries / ranks)
+    assert imbalance(mask, layout) < 1.02
+    program = find_scheduler("ring").plan(mask, layout, 2, 1, None, None)
+    assert verify(program, mask).area == mask.area
+    assert count(program, mask, Shape(64, 64)).bytes_received_per_rank.max() == 0
+
+
+@pytest.mark.parametrize(
+    "lengths",
+    [
+        [1000, *[50] * 60],  # one document has more than a rank's rows
+        [1700, *[10] * 230],  # it fits, but no rank's attention comes near it
+        [1025] * 7,  # as whole documents, one rank would have twice the other's rows, or half as many again
+        [4000, 4000],  # a document a rank: contiguous rows are that already
+        [1] * 70_000,  # rows that stand alone, more than are dealt one by one
+    ],
+)
+def test_documents_are_cut_where_whole_ones_are_uneven(lengths: list[int]) -> None:
+    mask = Mask.documents(lengths)
+    ranks = 4 if lengths[0] == 1000 else 2
+    assert Layout.whole_documents(mask, ranks, mask.segments()) is None
+
+
+def test_auto_keeps_short_documents_whole() -> None:
+    """Contiguous rows would cut one document and tie ranks together in every layer; zigzag of documents would cut many."""
+    lengths = long_tailed(2 * 65_536, 6.0, seed=3)
+    mask = Mask.documents(lengths)
+    assert choose_strategy(mask, 2, 32, 8, head_dim=128).layout.name == "whole_documents"
+    assert choose_layout(mask, 2, "disaggregated", heads=32, kv_heads=8).layout.name == "whole_documents"

@@ -160,9 +160,10 @@ def test_rows_lie_where_balancing_them_sends_least(lengths: list[int], chosen: s
 
 
 def test_rows_stay_contiguous_where_other_layouts_are_not_looked_at() -> None:
-    """With caps, pools or the greedy planner; and dedicated servers hold none."""
+    """With caps, pools or the greedy planner, or where they shall not be placed; and dedicated servers hold none."""
     mask = Mask.causal(4096)
     for options in (
+        DisaggregatedOptions(place_rows=False),
         DisaggregatedOptions(pool=2, ranks_per_node=2),
         DisaggregatedOptions(receive_bytes=1e12),
         DisaggregatedOptions(planner="greedy"),

@@ -371,3 +371,12 @@ def test_layout_of_groups_keeps_their_rows_together() -> None:
 def test_mask_and_layout_must_agree() -> None:
     with pytest.raises(PlanError, match="9 queries and 9 keys, but the layout holds 8 rows"):
         SCHEDULERS["ring"].plan(Mask.causal(9), Layout.contiguous(8, 2), 2, 2)
+
+
+def test_auto_predicts_other_options_only_where_they_could_win() -> None:
+    """A long causal mask is near its ideal with default options; a short one, bound by transfers and launches, is not."""
+    labels = [list(choose_strategy(Mask.causal(n), 4, 16, 16, head_dim=128).predicted_seconds) for n in (262144, 8192)]
+    others = [[label for label in x if "pieces=" in label or "moves=q" in label or "two_way" in label] for x in labels]
+    assert others[0] == []
+    assert len(others[1]) >= 3
+    assert {label.replace(",", " ").split()[0] for label in labels[0]} >= {"ring", "double_ring", "all_gather", "ulysses"}

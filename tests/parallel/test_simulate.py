@@ -15,7 +15,7 @@ from distattn.parallel.cost import Shape, count
 from distattn.parallel.hardware import HARDWARE, Hardware, calibrated, find_hardware, hardware_here
 from distattn.parallel.layout import Layout
 from distattn.parallel.schedulers import SCHEDULERS, all_gather, ring
-from distattn.parallel.simulate import Timeline, predict, simulate, total_seconds
+from distattn.parallel.simulate import STRIDED_GB_PER_SECOND, Timeline, predict, simulate, total_seconds
 from distattn.parallel.tile_time import SUMS_BYTES
 
 # One FLOP and one byte take a second.
@@ -267,8 +267,43 @@ def test_packing_some_heads_takes_time() -> None:
     mask = Mask.causal(4096)
     machine = replace(HARDWARE["h100"], inside_gb_per_second=1e9, inside_latency_us=0)
     program = SCHEDULERS["ulysses"].plan(mask, Layout.contiguous(4096, 2), 8, 8)
-    free, paid = (predict(program, mask, replace(machine, copy_gb_per_second=x), 128) for x in (float("inf"), 1000.0))
-    assert paid.seconds > free.seconds
+    for rate in (1000.0, 4000.0):
+        free, paid = (predict(program, mask, replace(machine, copy_gb_per_second=x), 128) for x in (float("inf"), rate))
+        half = 2048 * 4 * 128 * 2  # of a rank's q, k, v or out in 16 bits
+        # The other rank's heads are packed and its own ones copied, both element by element; what comes is placed as it is.
+        strided, plain = 2 * 2 * 3 * half, 2 * 3 * half
+        # Results of some heads: half of them come, half were there.
+        strided += 3 * 2 * (half + 2048 * 4 * 4)
+        assert paid.seconds - free.seconds == pytest.approx(
+            strided / 1e9 / min(rate, STRIDED_GB_PER_SECOND) + plain / 1e9 / rate
+        )
     whole = ring.plan(mask, Layout.contiguous(4096, 2), 8, 8)
     free, paid = (predict(whole, mask, replace(machine, copy_gb_per_second=x), 128) for x in (float("inf"), 1000.0))
     assert paid.seconds == free.seconds, "what is a whole slot is neither packed nor placed"
+
+
+def test_who_is_done_with_the_forward_begins_the_backward() -> None:
+    """A rank with little to do forward and much backward: the others do not wait for it in between."""
+    mask = Mask.documents([2048, 2048])
+    program = ring.plan(mask, Layout.contiguous(4096, 2), 8, 8)
+    forward, backward = (predict(p, mask, HARDWARE["h100"], 128) for p in (program, derive_backward(program)))
+    assert not len(forward.cost.messages)
+    first, second = (replace(p, busy=np.array([[a, 0.0], [b, 0.0]])) for p, a, b in ((forward, 3, 1), (backward, 1, 4)))
+    assert total_seconds(first, second) == 5.0
+    both = ring.plan(Mask.full(4096, 4096), Layout.contiguous(4096, 2), 8, 8)
+    sent = predict(derive_backward(both), Mask.full(4096, 4096), HARDWARE["h100"], 128)
+    busy = np.zeros_like(sent.busy)
+    busy[1, 0] = 4.0
+    second = replace(sent, busy=busy)
+    assert 4.99 < total_seconds(first, second) < 5.01
+    busy[:, 0] = [4.0, 0.0]
+    assert total_seconds(first, replace(sent, busy=busy)) > 7.0
+
+
+def test_transfers_that_take_no_time_leave_what_is_computed() -> None:
+    mask = Mask.causal(4096)
+    machine = replace(HARDWARE["h100"], host_exchange_us=0, host_message_us=0, host_launch_us=0)
+    program = ring.plan(mask, Layout.zigzag(4096, 2), 8, 8)
+    both = [predict(p, mask, machine, 128) for p in (program, derive_backward(program))]
+    assert total_seconds(*both, free_links=True) < total_seconds(*both)
+    assert total_seconds(*both, free_links=True) == pytest.approx(sum(x.free_links_seconds for x in both), rel=1e-6)

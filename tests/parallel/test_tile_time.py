@@ -18,7 +18,7 @@ from distattn.parallel.hardware import HARDWARE, Hardware
 from distattn.parallel.kernel_time import Price
 from distattn.parallel.layout import Layout, area_per_rank
 from distattn.parallel.program import Program
-from distattn.parallel.schedulers import ring
+from distattn.parallel.schedulers import ring, ulysses
 from distattn.parallel.schedulers.auto import Candidate, LayoutChoice, _best_of, choose_strategy
 from distattn.parallel.simulate import predict
 
@@ -68,6 +68,9 @@ def test_what_is_cut_by_heads_to_fill_a_wait_is_one_call() -> None:
     backward = derive_backward(ring.plan(mask, Layout.zigzag(8192, 2), 16, 16), ranks_per_node=8)
     calls = tile_time.calls_of(backward, mask, 0)
     assert sorted((int(x[0, 6]), int(x[0, 7])) for x in calls) == [(0, 16), (0, 16)]
+    for program in (backward, ring.plan(mask, Layout.zigzag(8192, 2), 16, 16)):
+        home, away = tile_time.calls_of(program, mask, 0)
+        assert (home[0, :4].tolist(), away[0, :4].tolist()) == ([0, 4096, 0, 4096], [2048, 4096, 0, 4096]), "home comes first"
     full = Mask.full(8192, 8192)
     forward = ring.plan(full, Layout.contiguous(8192, 4), 16, 16)
     assert len(tile_time.calls_of(forward, full, 0)) == 4, "chunks that take turns in one place are calls of their own"
@@ -83,6 +86,53 @@ def test_sums_cost_where_results_of_several_calls_are_added() -> None:
         more = found(program, mask, machine).seconds - found(program, mask, free).seconds
         elements = 8192 * 8 * 128
         assert more == pytest.approx(costs * elements * tile_time.SUMS_BYTES[False] / 4.3e12)
+
+
+def test_results_of_queries_that_came_go_through_sums() -> None:
+    """A kernel that works in launches leaves results at home as they are, and those of others' queries in fp32."""
+    machine = replace(H200, kernels=tuple(x for x in H200.kernels if x.backend == "fa4"))
+    free = replace(machine, copy_gb_per_second=float("inf"))
+    mask = Mask.causal(16384)
+    at_home = ring.plan(mask, Layout.zigzag(16384, 2), 16, 16)
+    moved = ulysses.plan(mask, Layout.contiguous(16384, 2), 16, 16)
+    for program, elements in ((at_home, 0), (moved, 16384 * 8 * 128), (derive_backward(moved), 0)):
+        more = found(program, mask, machine).seconds - found(program, mask, free).seconds
+        assert more == pytest.approx(elements * tile_time.SUMS_BYTES[False] / 4.3e12)
+
+
+def test_rows_cost_what_their_gradients_move() -> None:
+    def row(group: int, *, backward: bool, kernel: str = "fa4") -> float:
+        rates = Calibration("", kernels=tuple(replace(x, row_s=0.0) if x.backend == "cudnn" else x for x in H200.kernels))
+        return tile_time._row_seconds(kernel, tile_time._Asked(Rates(rates, ""), 128, group, backward))
+
+    assert row(1, backward=False) == row(8, backward=False)
+    assert row(1, backward=True, kernel="flash") == pytest.approx(3 / 1.25 * row(8, backward=True, kernel="flash"))
+    rate = Rates(Calibration("", kernels=H200.kernels), "").find("flash", True, 128)
+    assert rate is not None
+    rows = [row(group, backward=True, kernel="flash") for group in tile_time.RATED_GROUPS]
+    assert np.mean(rows) == pytest.approx(rate.row_s)
+    assert row(8, backward=True, kernel="cudnn") == pytest.approx(1.25 * tile_time.LEAST_ROW_S)
+
+
+def test_what_launches_cost_the_host_is_not_the_devices_time() -> None:
+    """Kernels of a few rows each: the device waits for none of them where the host is ahead."""
+    machine = replace(H200, kernels=tuple(replace(x, launch_s=1.0, call_s=0.0) for x in H200.kernels if x.backend == "fa4"))
+    mask = Mask.share_question(2048, [14336 // 64] * 64)
+    program = ring.plan(mask, Layout.contiguous(16384, 2), 64, 8)
+    made = found(program, mask, machine)
+    assert made.launches.max() > 4
+    assert made.seconds.max() == pytest.approx(1.0, rel=0.01), "one launch, which may be late"
+
+
+def test_single_times_correct_the_rates_near_them() -> None:
+    mask = Mask.causal(4096)
+    program = ring.plan(mask, Layout.zigzag(4096, 1), 32, 4)
+    rates = tuple(x for x in H200.kernels if x.backend == "fa4")
+    plain, near = replace(H200, kernels=rates), replace(H200, kernels=rates, cells=shipped_rates().cells)
+    slow = tuple(replace(x, ratio=2.0) for x in near.cells if x.cell.startswith("causal"))
+    base = found(program, mask, plain).seconds.max()
+    assert found(program, mask, near).seconds.max() == pytest.approx(base, rel=0.25)
+    assert found(program, mask, replace(near, cells=slow)).seconds.max() > 1.5 * base
 
 
 def test_a_known_kernel_says_nothing_of_another() -> None:

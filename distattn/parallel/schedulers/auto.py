@@ -134,8 +134,8 @@ def choose_layout(
     kv_heads: int | None = None,
     options: Any = None,
 ) -> LayoutChoice:
-    """Contiguous where balance allows, else zigzag, per-document zigzag or balanced: by area, not by the mask's name. For a
-    strategy that balances itself, the one with which it sends least.
+    """Contiguous where balance allows, else whole documents, zigzag, per-document zigzag or balanced: by area, not by the
+    mask's name. For a strategy that balances itself, the one with which it sends least.
 
     heads (default: as many as ranks), kv_heads (default: heads), options: of the strategy; they decide which ranks compute on
     the same rows, and what travels.
@@ -190,11 +190,13 @@ def _balance(mask: Mask, layouts: Iterator[Layout], groups: np.ndarray) -> list[
 def _layouts(mask: Mask, num_ranks: int, contiguous: Layout) -> Iterator[Layout]:
     """Candidates, those with the least traffic first."""
     yield contiguous
+    edges = mask.segments() if mask.num_queries == mask.num_keys else np.zeros(0, np.int64)
+    whole = Layout.whole_documents(mask, num_ranks, edges) if len(edges) > 2 else None
+    if whole is not None:
+        yield whole
     yield Layout.zigzag(mask.num_queries, num_ranks)
-    if mask.num_queries == mask.num_keys:
-        cuts = mask.segments()
-        if len(cuts) > 2:
-            yield _documents_cut(mask, cuts[1:] - cuts[:-1], num_ranks)
+    if len(edges) > 2:
+        yield _documents_cut(mask, edges[1:] - edges[:-1], num_ranks)
     if mask.num_queries:
         yield Layout.balanced(mask, num_ranks)
 
@@ -242,25 +244,23 @@ def choose_strategy(
     found: list[Candidate] = []
     seen: set[str] = set()
 
-    def consider(name: str, options: Any, placed: LayoutChoice) -> None:
+    def consider(name: str, options: Any, placed: LayoutChoice, usual: bool) -> None:
         program = SCHEDULERS[name].plan(mask, placed.layout, heads, kv_heads, options, key_layout)
         if program.digest not in seen:  # such as usp where it is ulysses or ring
             seen.add(program.digest)
-            candidate = _predicted(name, options, placed, program, mask, hardware, shape)
-            usual = options == default_options(name, heads, kv_heads, num_ranks, hardware)
-            found.append(replace(candidate, usual=usual))
+            found.append(replace(_predicted(name, options, placed, program, mask, hardware, shape), usual=usual))
 
-    for name, scheduler in SCHEDULERS.items():
-        if scheduler.why_not(heads, num_ranks) or (scheduler.balances and (key_layout or not unbalanced)):
-            continue
-        for options in scheduler.variants(heads, kv_heads, num_ranks, hardware.ranks_per_node)[:MAX_VARIANTS]:
-            consider(
-                name, options, given or choose_layout(mask, num_ranks, name, heads=heads, kv_heads=kv_heads, options=options)
-            )
+    variants = _variants(heads, kv_heads, num_ranks, hardware, balancing=unbalanced and not key_layout)
+    for usual in (True, False):
+        if not usual and found and not _leaves_room(found):
+            break
+        for name, options in variants[usual]:
+            at = given or choose_layout(mask, num_ranks, name, heads=heads, kv_heads=kv_heads, options=options)
+            consider(name, options, at, usual)
     found.sort(key=lambda x: x.seconds)
     if given is None:
-        for name, options, placed in _other_layouts(mask, num_ranks, heads, found[:]):
-            consider(name, options, placed)
+        for x, placed in _other_layouts(mask, num_ranks, heads, found[:]):
+            consider(x.strategy, x.options, placed, x.usual)
         found.sort(key=lambda x: x.seconds)
     best = _best_of(found)
     found.insert(0, found.pop(found.index(best)))
@@ -283,7 +283,27 @@ def _best_of(found: list[Candidate]) -> Candidate:
     return min(frugal, key=lambda x: (round(1e6 * x.host_seconds), simplest.index(x.strategy)))
 
 
-def _other_layouts(mask: Mask, num_ranks: int, heads: int, found: list[Candidate]) -> Iterator[tuple[str, Any, LayoutChoice]]:
+def _variants(
+    heads: int, kv_heads: int, num_ranks: int, hardware: Hardware, *, balancing: bool
+) -> dict[bool, list[tuple[str, Any]]]:
+    """Schedulers with options, by whether these are their defaults. balancing: with those that even out work themselves."""
+    found: dict[bool, list[tuple[str, Any]]] = {True: [], False: []}
+    for name, scheduler in SCHEDULERS.items():
+        if scheduler.why_not(heads, num_ranks) or (scheduler.balances and not balancing):
+            continue
+        default = default_options(name, heads, kv_heads, num_ranks, hardware)
+        for options in scheduler.variants(heads, kv_heads, num_ranks, hardware.ranks_per_node)[:MAX_VARIANTS]:
+            found[options == default].append((name, options))
+    return found
+
+
+def _leaves_room(usual: list[Candidate]) -> bool:
+    """Whether other than default options could save what they must, even if nothing but the ideal were left."""
+    best = min(usual, key=lambda x: x.seconds)
+    return best.ideal_seconds < (1 - WORTH_OPTIONS) * best.seconds
+
+
+def _other_layouts(mask: Mask, num_ranks: int, heads: int, found: list[Candidate]) -> Iterator[tuple[Candidate, LayoutChoice]]:
     """Layouts that balance worse but may move less, for the best candidates: those whose ideal time, stretched by their
     imbalance, is still below the best prediction. Where computing dominates there are none."""
     contiguous = Layout.contiguous(mask.num_queries, num_ranks)
@@ -294,7 +314,7 @@ def _other_layouts(mask: Mask, num_ranks: int, heads: int, found: list[Candidate
         for layout, imbalance in _balance(mask, _layouts(mask, num_ranks, contiguous), groups):
             if layout.name != x.placed.layout.name and imbalance * x.ideal_seconds < found[0].seconds:
                 why = f"least predicted time, although its busiest rank has {imbalance:.2f} times the mean"
-                yield x.strategy, x.options, LayoutChoice(layout, why)
+                yield x, LayoutChoice(layout, why)
 
 
 def _predicted(
@@ -308,14 +328,15 @@ def _predicted(
 ) -> Candidate:
     backward = derive_backward(program, ranks_per_node=hardware.ranks_per_node)
     both: list[Prediction] = [predict(direction, mask, hardware, *shape) for direction in (program, backward)]
+    seconds = total_seconds(*both)
     return Candidate(
         name,
         options,
         placed,
         program,
-        seconds=total_seconds(*both),
+        seconds=seconds,
         ideal_seconds=sum(x.ideal_seconds for x in both),
-        exposed_seconds=sum(x.exposed_communication_seconds for x in both),
+        exposed_seconds=seconds - total_seconds(*both, free_links=True),
         peak_memory_bytes=max(int(x.cost.peak_memory_bytes_per_rank.max()) for x in both),
         host_seconds=sum(x.host_seconds for x in both),
     )

@@ -52,6 +52,7 @@ class DisaggregatedOptions:
     pool: work moves among at most this many neighbouring ranks, in whole nodes of ranks_per_node; 0: among all.
     receive_bytes, memory_bytes: most that a rank may receive in a forward, and hold besides its own rows, for heads of
     ``head_dim`` features of ``element_bytes`` each.
+    place_rows: where no layout is given, rows lie where balancing them sends least; False: contiguous, as they come.
     """
 
     tolerance: float = 0.05
@@ -66,6 +67,7 @@ class DisaggregatedOptions:
     round_bytes: int = 0
     pool: int = 0
     ranks_per_node: int = 8
+    place_rows: bool = True
 
     def __post_init__(self) -> None:
         if not 0 < self.tolerance <= 10:
@@ -193,8 +195,10 @@ def choose_home(
     mask: Mask, layouts: Iterable[Layout], heads: int, kv_heads: int, options: DisaggregatedOptions
 ) -> tuple[Layout, str] | None:
     """Of these layouts, the first of which tasks may leave, the one whose busiest rank receives least, with the reason; None
-    where the first is all there is: with caps, pools or the greedy planner, which are about where tasks go, and beyond
-    64 ranks, where other layouts cut documents into crumbs."""
+    where the first is all there is: with caps, pools or the greedy planner, which are about where tasks go, beyond
+    64 ranks, where other layouts cut documents into crumbs, and where ``place_rows`` is off."""
+    if not options.place_rows:
+        return None
     layouts = list(layouts)
     num_ranks = layouts[0].num_ranks
     caps = _caps(options, heads // kv_heads)
