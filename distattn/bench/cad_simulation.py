@@ -19,7 +19,7 @@ import typer
 from distattn.bench.cad_layers import MODELS, LayerTime
 from distattn.bench.cad_model import RANK_TOKENS, TENSOR_PARALLEL, Setting, baseline_seconds, cad_seconds, prices
 from distattn.bench.cad_pipeline import pipeline_seconds, pipeline_tokens
-from distattn.bench.disaggregation_report import cases, is_measured, slowest
+from distattn.bench.disaggregation_report import cases, is_measured, slowest, without_transfers
 from distattn.bench.lengths import DISTRIBUTIONS
 from distattn.bench.options import names
 from distattn.bench.record import Record, environment
@@ -109,8 +109,7 @@ def cost_of_turns(path: Path) -> float:
     try:
         cells = json.loads(path.read_text())["results"]
         found = [
-            slowest(cells[f"{case}|disaggregated_ping_pong"]["seconds"])
-            / slowest(cells[f"{case}|disaggregated"]["silent_seconds"])
+            slowest(cells[f"{case}|disaggregated_ping_pong"]["seconds"]) / without_transfers(cells[f"{case}|disaggregated"])
             for case in cases(cells)
             if all(is_measured(cells.get(f"{case}|{name}", {})) for name in ("disaggregated", "disaggregated_ping_pong"))
         ]

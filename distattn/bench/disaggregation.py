@@ -1,8 +1,8 @@
 """``distattn bench disaggregation``: a step of a decoder's layers with attention disaggregated, in turns and not, and without.
 
 Mixes of document lengths from uniform to one giant document, against data parallelism without balance, context parallelism by
-ring and by all-gather over per-document zigzag, and WLB-LLM's packing by work. Every cell also says how much of the step is
-transfers that nothing hides: its time with them, less its time without them.
+ring and by all-gather over per-document zigzag, and WLB-LLM's packing by work. Every cell also says how long the step waits for
+transfers that nothing hides.
 """
 
 from __future__ import annotations
@@ -40,6 +40,8 @@ def disaggregation_command(
     transport: Annotated[str, typer.Option(help="collective, symmetric or auto, of every engine.")] = "collective",
     layers: Annotated[int, typer.Option(help="Layers of the model.")] = 2,
     seconds: Annotated[float, typer.Option(help="Of repeats for each cell; engines take turns.")] = 2.0,
+    repeats: Annotated[int, typer.Option(help="At least so many of each cell.")] = 5,
+    silent: Annotated[bool, typer.Option("--silent", help="Time the same steps without their transfers, too.")] = False,
     time_limit: Annotated[float, typer.Option(help="Seconds after which no further cell begins.")] = 1e9,
     device: Annotated[str, typer.Option(help="cuda or cpu (default: what there is).")] = "",
     commit: Annotated[str, typer.Option(help="Commit to record where the checkout is no git repository.")] = "",
@@ -56,8 +58,8 @@ def disaggregation_command(
             raise ConfigError(f"--shape is {shape!r}: choose one of {', '.join(SHAPES)}")
         if transport not in ("auto", *TRANSPORTS):
             raise ConfigError(f"--transport is {transport!r}: choose one of auto, {', '.join(TRANSPORTS)}")
-        if layers < 1 or ranks < 1:
-            raise ConfigError(f"--layers={layers} and --ranks={ranks} must be at least 1")
+        if min(layers, ranks, repeats) < 1:
+            raise ConfigError(f"--layers={layers}, --ranks={ranks} and --repeats={repeats} must be at least 1")
         place = {
             **environment(commit),
             "ranks": ranks,
@@ -78,6 +80,8 @@ def disaggregation_command(
                 "layers": layers,
                 "cells": choose_cells(tokens, mixes, engines, ranks),
                 "seconds": seconds,
+                "repeats": repeats,
+                "silent": silent,
                 "deadline": time.time() + time_limit,
             },
         )

@@ -75,7 +75,8 @@ def engine_names(ranks: int) -> list[str]:
     servers = ["disaggregated_servers"] if ranks > 2 else []
     return [
         "auto", "disaggregated_ping_pong", "disaggregated", "data_parallel", *(f"wlb_cp{c}" for c in degrees), "ring",
-        "all_gather", "disaggregated_contiguous", "disaggregated_ping_pong_keep", *servers,
+        "all_gather", "disaggregated_contiguous", "disaggregated_contiguous_ping_pong", "disaggregated_ping_pong_keep",
+        *servers,
     ]  # fmt: skip
 
 
@@ -94,9 +95,9 @@ def make_engine(name: str, lengths: list[int], ranks: int, tokens: int, shape: M
     if name in ("ring", "all_gather"):
         return Engine(name, name, Layout.per_document_zigzag(lengths, ranks, min_cut=align))
     servers = 1 if name.endswith("servers") else 0
-    options = DisaggregatedOptions(align=align, servers=servers, head_dim=shape.head_dim)
-    layout = Layout.contiguous(sum(lengths), ranks) if name.endswith("contiguous") else None
-    return Engine(name, "disaggregated", layout, options, nano_batches=2 if "ping_pong" in name or servers else 1)
+    placed = "contiguous" not in name
+    options = DisaggregatedOptions(align=align, servers=servers, head_dim=shape.head_dim, place_rows=placed)
+    return Engine(name, "disaggregated", options=options, nano_batches=2 if "ping_pong" in name or servers else 1)
 
 
 def data_parallel_layout(lengths: list[int], ranks: int, tokens: int) -> Layout:

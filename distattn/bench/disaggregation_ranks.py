@@ -4,7 +4,7 @@
 
 A step is the forward and backward of the model's layers over the rank's rows, as the trainer does them, with weights that
 every rank holds whole: no update, no sum of gradients, nothing that is alike for all engines. All ranks begin it together; it
-has ended when the slowest has. A second measurement of the same step leaves its transfers out: their cost is the difference.
+has ended when the slowest has. Of every step the time that it waits for transfers is taken (``transfer_clock``).
 """
 
 from __future__ import annotations
@@ -29,28 +29,28 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from distattn.bench.disaggregation_cases import SHAPES, Engine, RefusedError, linear_work, make_engine, make_lengths
-from distattn.bench.disaggregation_report import slowest
+from distattn.bench.disaggregation_report import exposed, slowest, uncertainty
 from distattn.bench.record import Record
+from distattn.bench.transfer_clock import TransferClock, clocked, silenced
 from distattn.errors import LayoutError, PlanError
 from distattn.launchers.environment import init_from_environment
 from distattn.mask import Mask
 from distattn.models import Decoder, ModelConfig
 from distattn.models.decoder import Attention
 from distattn.nano_choice import choose_nano_batches
-from distattn.parallel.transport.base import Message
 from distattn.pingpong import NanoBatches, cut_in_two
-from distattn.planning import Plan, plan
+from distattn.planning import plan
 
 TRANSFER_TIMEOUT_S = 30.0
-MIN_REPEATS, MAX_REPEATS = 3, 20
+MAX_REPEATS = 40
 MAX_ERROR = 5e-2
 """Relative difference (Frobenius) of a gradient from the first engine's at which a cell counts as wrong."""
 
 
 @dataclass(frozen=True)
 class Settings:
-    """Of a run; the command writes them as JSON. cells: (tokens a rank, mix, engine); deadline: time.time() after which no
-    further cell begins."""
+    """Of a run; the command writes them as JSON. cells: (tokens a rank, mix, engine); repeats: of each cell at least; silent:
+    whether steps without transfers are timed, too; deadline: time.time() after which no further cell begins."""
 
     results: str
     environment: dict[str, Any]
@@ -61,32 +61,9 @@ class Settings:
     layers: int
     cells: list[tuple[int, str, str]]
     seconds: float
+    repeats: int
+    silent: bool
     deadline: float
-
-
-class _Arrived:
-    """A transfer that was left out."""
-
-    def wait(self) -> None:
-        pass
-
-
-class SilentTransport:
-    """Sends nothing: what would arrive is filled with ordinary numbers, for kernels to be as fast as on real ones."""
-
-    def __init__(self, like: Any, device: torch.device, dtype: torch.dtype) -> None:
-        self.takes_parts, self.board = like.takes_parts, like.board
-        self.num_transfers = self.bytes_sent = 0
-        self._pattern = torch.empty(0, dtype=torch.uint8, device=device)
-        self._dtype = dtype
-
-    def post(self, message: Message) -> _Arrived:
-        size = message.receive.numel()
-        if len(self._pattern) < size:
-            numbers = torch.randn(-(-size // self._dtype.itemsize), device=self._pattern.device, dtype=self._dtype)
-            self._pattern = numbers.view(torch.uint8)
-        message.receive.copy_(self._pattern[:size])
-        return _Arrived()
 
 
 @dataclass(eq=False)
@@ -101,7 +78,7 @@ class Batch:
 
 @dataclass(eq=False)
 class Prepared:
-    """An engine's step, checked; silent: the same without transfers, None where there are none; about: of it, besides times."""
+    """An engine's step, checked; silent: the same without transfers, where it is timed; about: of it, besides times."""
 
     batch: Batch
     silent: Batch | None
@@ -121,6 +98,7 @@ class Runner:
         hosts = dist.new_group(backend="gloo", timeout=timedelta(seconds=4 * TRANSFER_TIMEOUT_S))
         assert isinstance(hosts, dist.ProcessGroup)
         self.hosts = hosts
+        self.clock = TransferClock(self.device)
         with self.device:
             self.model = Decoder(self.shape).to(self.dtype)
         self.model.use_ping_pong()
@@ -192,14 +170,11 @@ class Runner:
         for made in nano.plans:
             _ = made.lowered, made.lowered_backward
         plan_seconds = time.perf_counter() - began
+        nano = clocked(nano, self.clock)
         batch = self.batch(nano, lengths)
-        self.checked_step(batch)
-        if self.cuda:
-            torch.cuda.reset_peak_memory_stats()
         sent = _bytes_sent(nano)
         gradient = self.checked_step(batch)
         sent = _bytes_sent(nano) - sent
-        peak = torch.cuda.max_memory_allocated() if self.cuda else 0
         wanted = self._gradients.setdefault((tokens, mix), gradient)
         error = ((gradient - wanted).norm() / wanted.norm()).item()
         about = {
@@ -207,46 +182,50 @@ class Runner:
             "wrong": not error <= MAX_ERROR,
             "rows": self.everyone([len(rows) for rows in nano.positions]),
             "bytes_sent": self.everyone(sent),
-            "peak_memory_bytes": max(self.everyone(peak)),
             "chosen": _chosen(nano),
             "plan_seconds": max(self.everyone(plan_seconds)),
             "documents": len(lengths),
             "longest": max(lengths),
         }
-        # Where nothing is sent there is nothing to leave out.
-        return Prepared(batch, self.silenced(batch) if max(about["bytes_sent"]) else None, about)
+        silent = self.settings.silent and max(about["bytes_sent"]) > 0
+        return Prepared(batch, self.silenced(batch) if silent else None, about)
 
     def measure(self, engines: dict[str, Prepared]) -> dict[str, dict[str, Any]]:
         """Seconds of each rank in each repeat, of one case's engines in turns, so that clocks and temperatures drift alike for
-        all of them; as many repeats as fill the time of one."""
-        times: dict[str, list[float]] = {name: [] for name in engines}
-        silent: dict[str, list[float]] = {name: [] for name in engines}
-        repeats, count = MIN_REPEATS, 0
+        all of them, and each repeat begins with another one; as many repeats as fill the time of one."""
+        names = list(engines)
+        times: dict[str, list[float]] = {name: [] for name in names}
+        waits: dict[str, list[float]] = {name: [] for name in names}
+        silent: dict[str, list[float]] = {name: [] for name in names}
+        peaks: dict[str, int] = {}
+        repeats, count = self.settings.repeats, 0
         while count < repeats:
-            for name, engine in engines.items():
-                times[name].append(self.timed(lambda engine=engine: self.step(engine.batch)))
-            for name, engine in engines.items():
+            first = count % max(len(names), 1)
+            for name in names[first:] + names[:first]:
+                engine = engines[name]
+                if self.cuda:
+                    torch.cuda.reset_peak_memory_stats()
+                self.clock.start()
+                times[name].append(self.timed(lambda batch=engine.batch: self.step(batch)))
+                waits[name].append(self.clock.seconds())
+                peaks[name] = torch.cuda.max_memory_allocated() if self.cuda else 0
                 if engine.silent is not None:
                     silent[name].append(self.timed(lambda batch=engine.silent: self.step(batch)))
             if not count:
                 mean = sum(max(found) for found in zip(*self.everyone([x[0] for x in times.values()]), strict=True))
                 repeats = int(self.settings.seconds * len(engines) / max(mean, 1e-4))
-                repeats = min(max(repeats, MIN_REPEATS), MAX_REPEATS)
+                repeats = max(self.settings.repeats, min(repeats, MAX_REPEATS))
             count += 1
         found = {}
         for name, engine in engines.items():
-            seconds = self.everyone(times[name])
-            without = self.everyone(silent[name]) if engine.silent is not None else seconds
-            found[name] = {"seconds": seconds, "silent_seconds": without, **engine.about}
+            found[name] = {"seconds": self.everyone(times[name]), "waited_seconds": self.everyone(waits[name])}
+            if engine.silent is not None:
+                found[name]["silent_seconds"] = self.everyone(silent[name])
+            found[name] |= {"peak_memory_bytes": max(self.everyone(peaks[name])), **engine.about}
         return found
 
     def silenced(self, batch: Batch) -> Batch:
-        plans = tuple(self._silent_plan(made) for made in batch.nano.plans)
-        return dataclasses.replace(batch, nano=dataclasses.replace(batch.nano, plans=plans))
-
-    def _silent_plan(self, made: Plan) -> Plan:
-        silent: Any = SilentTransport(made.transport, self.device, self.dtype)
-        return dataclasses.replace(made, transport=silent)
+        return dataclasses.replace(batch, nano=silenced(batch.nano, self.device, self.dtype))
 
     @functools.cached_property
     def _gradients(self) -> dict[tuple[int, str], Tensor]:
@@ -294,8 +273,8 @@ def run(settings: Settings) -> None:
 def _line(cell: dict[str, Any]) -> str:
     if "refused" in cell:
         return cell["refused"]
-    silent = 1e3 * slowest(cell["silent_seconds"])
-    return f"{1e3 * slowest(cell['seconds']):.1f} ms, {silent:.1f} without transfers, error {cell['error']:.1e}"
+    step, off = 1e3 * slowest(cell["seconds"]), 1e3 * uncertainty(cell)
+    return f"{step:.1f} ms ± {off:.1f}, {1e3 * exposed(cell):.2f} of it waiting for transfers, error {cell['error']:.1e}"
 
 
 def main() -> None:

@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 Cells = Mapping[str, dict[str, Any]]
-"""By "tokens|mix|engine"; seconds and silent_seconds of a cell: of each rank, in each repeat."""
+"""By "tokens|mix|engine". Of each rank in each repeat: seconds; waited_seconds, those of them that wait for transfers;
+silent_seconds, of the same step without transfers. One of the latter two may be missing."""
 
 OURS = ("auto", "disaggregated_ping_pong")
 """The first of these that was measured is what others are compared with."""
@@ -26,14 +27,44 @@ def is_measured(cell: Mapping[str, Any]) -> bool:
     return "seconds" in cell and not cell["wrong"]
 
 
+def uncertainty(cell: Mapping[str, Any]) -> float:
+    """Standard error of the step's seconds, from the spread of its repeats."""
+    found = [max(times) for times in zip(*cell["seconds"], strict=True)]
+    return statistics.stdev(found) / len(found) ** 0.5 if len(found) > 1 else 0.0
+
+
+def computed(cell: Mapping[str, Any]) -> list[float]:
+    """Seconds of each rank that it does not wait for transfers: its work alone, median over repeats."""
+    if "waited_seconds" not in cell:
+        return [statistics.median(times) for times in cell["silent_seconds"]]
+    pairs = zip(cell["seconds"], cell["waited_seconds"], strict=True)
+    return [statistics.median(x - y for x, y in zip(times, waits, strict=True)) for times, waits in pairs]
+
+
 def exposed(cell: Mapping[str, Any]) -> float:
-    """Seconds of a step that its transfers cost: with them, less without them."""
+    """Seconds that the rank with the most work waits for transfers: others wait for it, too. Where waits were not measured, the
+    step's with transfers less those without."""
+    if "waited_seconds" not in cell:
+        return slowest(cell["seconds"]) - slowest(cell["silent_seconds"])
+    work = computed(cell)
+    return statistics.median(cell["waited_seconds"][work.index(max(work))])
+
+
+def without_transfers(cell: Mapping[str, Any]) -> float:
+    """Seconds of the same step without transfers, as measured, or else of its busiest rank less what that waits for them."""
+    return slowest(cell["silent_seconds"]) if "silent_seconds" in cell else max(computed(cell))
+
+
+def transfer_cost(cell: Mapping[str, Any]) -> float | None:
+    """Seconds of a step with its transfers less those without: waits, and what transfers slow down. None where not measured."""
+    if "silent_seconds" not in cell:
+        return None
     return slowest(cell["seconds"]) - slowest(cell["silent_seconds"])
 
 
 def imbalance(cell: Mapping[str, Any]) -> float:
-    """Slowest rank over the mean, in steps without transfers: each rank's work alone."""
-    ranks = [statistics.median(times) for times in cell["silent_seconds"]]
+    """Slowest rank over the mean, of what ranks compute: what balancing could gain at most."""
+    ranks = computed(cell)
     return max(ranks) / statistics.fmean(ranks)
 
 
@@ -76,29 +107,44 @@ def best_other(cells: Cells, case: str) -> tuple[str, float] | None:
     return min(found.items(), key=lambda item: item[1]) if found else None
 
 
+def ratio_error(cells: Cells, case: str, engine: str) -> float:
+    """Standard error of an engine's step time over that of ours."""
+    pair = [cells[f"{case}|{name}"] for name in (engine, ours(cells, case))]
+    steps = [slowest(cell["seconds"]) for cell in pair]
+    parts = [uncertainty(cell) / step for cell, step in zip(pair, steps, strict=True)]
+    return steps[0] / steps[1] * (parts[0] ** 2 + parts[1] ** 2) ** 0.5
+
+
+def _line(name: str, cell: Mapping[str, Any]) -> str:
+    if "refused" in cell:
+        return f"{name:52s}{'n/a':>10s}  {cell['refused']}"
+    rows, cost = max(sum(parts) for parts in cell["rows"]), transfer_cost(cell)
+    waits = f"{1e3 * exposed(cell):.2f}" if "waited_seconds" in cell else ""
+    return (
+        f"{name:52s}{1e3 * slowest(cell['seconds']):10.1f}{1e3 * uncertainty(cell):6.1f}{waits:>9s}"
+        f"{'' if cost is None else f'{1e3 * cost:.1f}':>8s}{imbalance(cell):11.2f}{rows:11,d}"
+        f"{max(cell['bytes_sent']) / 1e9:9.2f}{cell['peak_memory_bytes'] / 1e9:9.1f}{'  WRONG' if cell['wrong'] else ''}"
+    )
+
+
 def table(cells: Cells) -> str:
-    """A line for each cell, and for each case what ping-pong gains over each way to do without it."""
-    columns = {"step ms": 10, "exposed ms": 12, "imbalance": 11, "most rows": 11, "GB sent": 9, "peak GB": 9}
-    lines = [f"{'tokens a rank, mix, engine':50s}" + "".join(f"{name:>{width}s}" for name, width in columns.items())]
-    for key, cell in cells.items():
-        name = key.replace("|", " ")
-        if "refused" in cell:
-            lines.append(f"{name:50s}{'n/a':>10s}  {cell['refused']}")
-            continue
-        rows = max(sum(parts) for parts in cell["rows"])
-        lines.append(
-            f"{name:50s}{1e3 * slowest(cell['seconds']):10.1f}{1e3 * exposed(cell):12.1f}{imbalance(cell):11.2f}{rows:11,d}"
-            f"{max(cell['bytes_sent']) / 1e9:9.2f}{cell['peak_memory_bytes'] / 1e9:9.1f}{'  WRONG' if cell['wrong'] else ''}"
-        )
+    """A line for each cell, and for each case what ours gains over each way to do without it. ±: standard errors; waits: what
+    the busiest rank waits for transfers; cost: what transfers cost in all."""
+    columns = {"step ms": 10, "±": 6, "waits ms": 9, "cost ms": 8, "imbalance": 11, "most rows": 11, "GB sent": 9, "peak GB": 9}
+    lines = [f"{'tokens a rank, mix, engine':52s}" + "".join(f"{name:>{width}s}" for name, width in columns.items())]
+    lines += [_line(key.replace("|", " "), cell) for key, cell in cells.items()]
     for case in cases(cells):
         gains, wlb = speedups(cells, case), best_wlb(cells, case)
         shown = {name: gain for name, gain in gains.items() if not name.startswith("wlb_cp") or name == wlb}
         if shown:
-            text = ", ".join(f"{name} {gain:.3f}" for name, gain in shown.items())
-            lines.append(f"{case.replace('|', ' ')}: step time over that of {ours(cells, case)}: {text}")
+            parts = [f"{name} {gain:.3f} ± {ratio_error(cells, case, name):.3f}" for name, gain in shown.items()]
+            lines.append(f"{case.replace('|', ' ')}: step time over that of {ours(cells, case)}: {', '.join(parts)}")
         best = best_other(cells, case)
         if best is not None:
             lines.append(f"    the best without disaggregation: {best[0]} {best[1]:.3f}")
+        alone = cells.get(f"{case}|data_parallel", {})
+        if "data_parallel" in gains:
+            lines.append(f"    of data parallelism's step, balancing could save a factor of {imbalance(alone):.3f}")
         chosen = cells.get(f"{case}|auto", {}).get("chosen")
         if chosen:
             lines.append(f"    auto took {chosen}")

@@ -22,7 +22,18 @@ from distattn.bench.disaggregation_cases import (
     make_engine,
     make_lengths,
 )
-from distattn.bench.disaggregation_report import best_other, best_wlb, exposed, imbalance, plot, speedups, table
+from distattn.bench.disaggregation_report import (
+    best_other,
+    best_wlb,
+    exposed,
+    imbalance,
+    plot,
+    ratio_error,
+    speedups,
+    table,
+    transfer_cost,
+    uncertainty,
+)
 from distattn.errors import ConfigError
 from distattn.mask import Mask
 from distattn.parallel.layout import area_per_rank
@@ -82,30 +93,39 @@ def test_options_that_are_wrong_are_named() -> None:
     assert choose_cells("64,128", "giant", "ring", 2) == [(64, "giant", "ring"), (128, "giant", "ring")]
 
 
-def cell(seconds: float, silent: tuple[float, float], *, wrong: bool = False) -> dict[str, Any]:
+def cell(seconds: float, waits: tuple[float, float], *, wrong: bool = False) -> dict[str, Any]:
     return {
-        "seconds": [[seconds] * 3, [seconds / 2] * 3], "silent_seconds": [[silent[0]] * 3, [silent[1]] * 3], "rows": [[8], [8]],
+        "seconds": [[seconds] * 3, [seconds / 2] * 3], "waited_seconds": [[waits[0]] * 3, [waits[1]] * 3], "rows": [[8], [8]],
         "bytes_sent": [5, 6], "peak_memory_bytes": 7, "error": 0.0, "wrong": wrong,
     }  # fmt: skip
 
 
 def test_the_table_compares_slowest_ranks(tmp_path: Path) -> None:
     cells = {
-        "64|giant|disaggregated_ping_pong": cell(2.0, (1.5, 0.5)),
-        "64|giant|disaggregated": cell(3.0, (1.5, 1.5)),
-        "64|giant|wlb_cp1": cell(8.0, (8.0, 4.0)),
-        "64|giant|wlb_cp2": cell(5.0, (5.0, 5.0)),
-        "64|giant|ring": cell(1.0, (1.0, 1.0), wrong=True),
-        "64|giant|data_parallel": {"refused": "too long"},
+        "64|giant|disaggregated_ping_pong": {**cell(2.0, (0.5, 0.5)), "silent_seconds": [[1.0] * 3, [1.25] * 3]},
+        "64|giant|disaggregated": cell(3.0, (1.5, 0.0)),
+        "64|giant|data_parallel": cell(6.0, (0.0, 0.0)),
+        "64|giant|wlb_cp1": cell(8.0, (0.0, 0.0)),
+        "64|giant|wlb_cp2": cell(5.0, (0.0, 0.0)),
+        "64|giant|ring": cell(1.0, (0.0, 0.0), wrong=True),
+        "64|giant|all_gather": {"refused": "too long"},
     }
     assert exposed(cells["64|giant|disaggregated_ping_pong"]) == 0.5
+    assert transfer_cost(cells["64|giant|disaggregated_ping_pong"]) == 0.75
+    assert transfer_cost(cells["64|giant|ring"]) is None
     assert imbalance(cells["64|giant|disaggregated_ping_pong"]) == 1.5
-    assert speedups(cells, "64|giant") == {"disaggregated": 1.5, "wlb_cp1": 4.0, "wlb_cp2": 2.5}
+    assert speedups(cells, "64|giant") == {"disaggregated": 1.5, "data_parallel": 3.0, "wlb_cp1": 4.0, "wlb_cp2": 2.5}
     assert best_wlb(cells, "64|giant") == "wlb_cp2"
     text = table(cells)
-    assert "64 giant: step time over that of disaggregated_ping_pong: disaggregated 1.500, wlb_cp2 2.500" in text
-    assert text.splitlines()[-1] == "    the best without disaggregation: wlb_cp2 2.500"
-    faster = {**cells, "64|giant|auto": {**cell(1.5, (1.5, 1.5)), "chosen": "ring on zigzag"}}
+    line = (
+        "64 giant: step time over that of disaggregated_ping_pong: disaggregated 1.500 ± 0.000, data_parallel 3.000 ± 0.000, "
+    )
+    assert line + "wlb_cp2 2.500 ± 0.000" in text
+    assert text.splitlines()[-2:] == [
+        "    the best without disaggregation: wlb_cp2 2.500",
+        "    of data parallelism's step, balancing could save a factor of 1.333",
+    ]
+    faster = {**cells, "64|giant|auto": {**cell(1.5, (0.0, 0.0)), "chosen": "ring on zigzag"}}
     assert best_other(faster, "64|giant") == ("wlb_cp2", pytest.approx(10 / 3))
     assert table(faster).splitlines()[-1] == "    auto took ring on zigzag"
     assert "too long" in text
@@ -114,12 +134,26 @@ def test_the_table_compares_slowest_ranks(tmp_path: Path) -> None:
     assert (tmp_path / "steps.png").stat().st_size > 10_000
 
 
+def test_what_the_busiest_rank_waits_is_exposed_and_what_others_wait_for_it_is_not() -> None:
+    busiest_second = {**cell(2.0, (1.75, 0.25)), "seconds": [[2.0, 2.2, 2.1], [1.9, 2.1, 2.0]]}
+    assert exposed(busiest_second) == 0.25
+    assert uncertainty(busiest_second) == pytest.approx(0.1 / 3**0.5)
+    noisy = {"64|giant|auto": busiest_second, "64|giant|ring": {**busiest_second, "seconds": [[4.0, 4.0, 4.0]] * 2}}
+    assert ratio_error(noisy, "64|giant", "ring") == pytest.approx(4.0 / 2.1 * (0.1 / 3**0.5 / 2.1))
+
+
+def test_files_without_waits_are_shown_by_the_difference_of_steps() -> None:
+    before = {"seconds": [[2.0] * 3, [1.0] * 3], "silent_seconds": [[1.5] * 3, [0.5] * 3]}
+    assert exposed(before) == 0.5
+    assert imbalance(before) == 1.5
+
+
 @pytest.mark.timeout(200)
 def test_a_run_on_two_ranks_measures_and_checks(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     results = tmp_path / "results.json"
     command = [
         sys.executable, "-m", "distattn", "bench", "disaggregation", "--json", str(results), "--ranks", "2", "--tokens", "96",
-        "--mixes", "long_and_short", "--seconds", "0.01", "--device", "cpu", "--kernel", "reference",
+        "--mixes", "long_and_short", "--seconds", "0.01", "--device", "cpu", "--kernel", "reference", "--silent",
     ]  # fmt: skip
     done = subprocess.run(command, capture_output=True, text=True, timeout=180, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
@@ -130,6 +164,9 @@ def test_a_run_on_two_ranks_measures_and_checks(tmp_path: Path, capsys: pytest.C
         engine = name.split("|")[2]
         if engine != "auto":  # which may choose to send nothing
             assert (max(found["bytes_sent"]) > 0) == (engine not in ("data_parallel", "wlb_cp1")), name
+        waits = found["waited_seconds"]
+        assert (max(map(max, waits)) > 0) == ("silent_seconds" in found) == (max(found["bytes_sent"]) > 0), name
+        assert all(w < s for x, y in zip(waits, found["seconds"], strict=True) for w, s in zip(x, y, strict=True))
     assert cells["96|long_and_short|auto"]["chosen"].count(" on ") in (1, 2)
     kept, sent_again = (max(cells[f"96|long_and_short|disaggregated_ping_pong{x}"]["bytes_sent"]) for x in ("_keep", ""))
     assert kept < sent_again
