@@ -16,6 +16,7 @@ import distattn
 from distattn import Mask, planning
 from distattn.bands import UNBOUNDED as U
 from distattn.bands import area
+from distattn.bench.engines import Cell, tiles_of
 from distattn.calibration import Calibration, KernelCell, KernelRate, load_calibration
 from distattn.errors import UnsupportedError
 from distattn.kernels import BACKENDS, Case, backend_report, choose_backend, selection, triton_here
@@ -370,6 +371,28 @@ def test_the_rates_that_come_with_it_serve_hopper_alone(monkeypatch: pytest.Monk
     selection.rates_here.cache_clear()
     assert selection.rates_here() is None
     assert choose_backend(CUDA, tables=[CAUSAL])[0].name == "flash"
+
+
+@pytest.mark.parametrize(
+    ("mask", "forward", "backward"),
+    [
+        ("full", "fa4", "fa4"),
+        ("causal", "fa4", "fa4"),
+        ("causal_document", "fa4", "fa4"),
+        ("sliding_window_causal", "fa4", "fa4"),
+        ("share_question", "hopper", "hopper"),
+        ("global_sliding_window", "hopper", "hopper"),
+        ("prefix_lm_document", "hopper", "hopper"),
+        ("variable_block", "hopper", "hopper"),
+    ],
+)
+def test_the_rates_that_come_with_it_choose_what_was_fastest(mask: str, forward: str, backward: str) -> None:
+    """At 32K with 64:8 heads of 128 on an H200, or within 3 % of it (prefix_lm_document forward)."""
+    tiles, _ = tiles_of(Cell(mask, 32768, 64, 8, 128))
+    case = replace(CUDA, heads=64, kv_heads=8, head_dim=128, value_dim=128)
+    choice = fastest(case, ["fa4", "cudnn", "hopper", "flash", "triton"], [tiles], Rates(selection.shipped_rates(), "shipped"))
+    assert choice is not None
+    assert (choice.forward, choice.backward) == (forward, backward)
 
 
 @pytest.mark.parametrize("kind", ["carry", "whole"])
