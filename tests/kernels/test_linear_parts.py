@@ -1,4 +1,4 @@
-"""Pieces cut into parts (plan only): where they are cut, which sets they are in, and folds of their maps."""
+"""Pieces of the delta rules cut into parts (plan only): where they are cut, which sets they are in, and folds of their maps."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ import pytest
 import torch
 
 from distattn.kernels.linear import Pieces
-from distattn.kernels.linear.triton_cuts import Cuts, cuts_of
 from distattn.kernels.linear.triton_parts import MIN_PART_CHUNKS, Parts, count_parts, parts_of
 
 NONE = np.zeros(0, np.int64)
@@ -48,30 +47,6 @@ def test_what_nobody_waits_for_is_not_handed_on() -> None:
 def test_how_many(programs: int, wanted: int, longest: int, count: int) -> None:
     assert count_parts(programs, wanted, longest) == count
     assert count_parts(programs, wanted, 2 * MIN_PART_CHUNKS) <= 2
-
-
-@pytest.mark.parametrize("late", [True, False])
-def test_cuts_of_the_decay_family(late: bool) -> None:
-    whole = pieces_of([10, 3, 9, 8], [1, 3], [0], [0, 2], [1, 3])
-    cuts = Cuts.of(whole, 2, 4, late=late)
-    # 10 rows are chunks of 4, 4, 2; 9 rows of 4, 4, 1.
-    assert cuts.walk.lengths.tolist() == [4, 6, 3, 4, 5, 4, 4]
-    assert cuts.first.tolist() == [0, 2, 3, 5, 7]
-    assert cuts.of_chunk.tolist() == [0, 1, 1, 2, 3, 4, 4, 5, 6]
-    assert [list(parts) for parts in cuts.several] == [[0, 1], [3, 4], [5, 6]]
-    # Totals of all parts but the last ones, from where pieces start; the walk from what the parts before left.
-    assert cuts.totals.enter.tolist() == cuts.walk.enter.tolist() == [2, 5]
-    assert cuts.totals.late.tolist() == ([0] if late else [])
-    assert cuts.totals.emit.tolist() == [0, 3, 5]
-    assert cuts.walk.late.tolist() == ([0, 1, 4, 6] if late else [1, 4, 6])
-    assert cuts.walk.emit.tolist() == [1, 4]
-    assert cuts.walk.final.tolist() == cuts.back_totals.final.tolist() == cuts.back_walk.final.tolist() == [2, 6]
-    # Back from the last parts.
-    assert cuts.back_totals.late.tolist() == [1, 4, 6]
-    assert cuts.back_walk.emit.tolist() == [0, 3, 5]
-    assert cuts.back_walk.late.tolist() == [0]
-    assert cuts.back_walk.enter.tolist() == [2, 5]
-    assert cuts_of(whole, 2, 4, late=late) is cuts_of(whole, 2, 4, late=late)
 
 
 def test_folds_are_the_walk_of_the_whole() -> None:

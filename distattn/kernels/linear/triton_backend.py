@@ -29,8 +29,8 @@ MAX_KEY_DIM_FP32 = 128
 class TritonLinear:
     """``LinearBackend`` by our Triton kernels (bf16, fp16, fp32).
 
-    configs: launch configurations to use in place of the table's; num_parts: of pieces, in the delta family of those that cross
-    borders, in place of what fills the device. For measurements and tests.
+    configs: launch configurations to use in place of the table's; num_parts: of pieces that cross borders, in the delta family,
+    in place of what fills the device. For measurements and tests.
     """
 
     name = "triton"

@@ -17,7 +17,6 @@ from torch import Tensor
 
 from distattn.kernels.linear.protocol import VECTOR, Gradients
 from distattn.kernels.linear.triton_configs import ALL, FAR, NEAR
-from distattn.kernels.linear.triton_cuts import walk_state_grads, walk_states
 from distattn.kernels.linear.triton_passes import Beside, index_on
 
 if TYPE_CHECKING:
@@ -37,7 +36,9 @@ class DecayForward:
         self.scores = c.scores()
         if self.has_late and self.fades:
             self.prefix, self.total = sums = c.sums(c.num_chunks), c.sums(c.num_pieces)
-        walk_states(c, self.scores, entering, None, h=self.h, emitted=self.emitted, final=self.final, sums=sums)
+        c.run_states(
+            self.scores, c.v, c.q, entering, None, h=self.h, values=c.v, emitted=self.emitted, final=self.final, sums=sums
+        )
         self.transition: Tensor | None = _of_pieces(c, self.total, "maps") * math.log(2) if self.fades else None
 
     def intra(self) -> None:
@@ -78,11 +79,14 @@ class DecayBackward:
         # Either walk through the chunks leaves most of the device idle: they go side by side.
         self.beside = Beside(c.device)
         with self.beside:
-            walk_states(
-                c, self.scores, entering, late if len(c.pieces.late) else None, h=self.h,
+            c.run_states(
+                self.scores, c.v, c.q, entering, late if len(c.pieces.late) else None, h=self.h, values=c.v,
                 emitted=c.states(len(c.pieces.emit)), final=c.states(len(c.pieces.final)),
             )  # fmt: skip
-        walk_state_grads(c, self.scores, do, dfinal, dh=self.dh, emitted=self.emitted, dentering=self.dentering, sums=sums)
+        c.run_state_grads(
+            self.scores, c.q, do, c.q, dfinal, None, dh=self.dh, dvalues=c.q, emitted=self.emitted, dentering=self.dentering,
+            sums=sums,
+        )  # fmt: skip
 
     def intra(self) -> None:
         self.beside.join()

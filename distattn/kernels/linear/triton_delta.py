@@ -5,8 +5,7 @@ forward     begin: T, U, W, walks of pieces that wait for nothing, summaries of 
 backward    begin: T, U, W, walks of gradients likewise, beside them states
             intra: gradients, if all have walked                        finish: walks of emitting pieces, gradients
 
-Pieces that cross a border are cut into parts where that is faster (``triton_parts.py``). So are, backward, those for whose
-gradient another rank waits although they wait for nothing: the parts' summaries tell it sooner than a walk does.
+Pieces that cross a border are cut into parts where that is faster (``triton_parts.py``).
 """
 
 from __future__ import annotations
@@ -116,8 +115,6 @@ class DeltaBackward:
         self.scores = c.scores()
         self.T, self.values, self.W = c.solve(self.scores.overlap)
         self.parts = c.parts()
-        self.awaited = np.intersect1d(np.setdiff1d(pieces.late, pieces.emit), self.parts.several)
-        cut = np.union1d(pieces.emit, self.awaited)
         # Walks leave most of the device idle: they go side by side.
         self.states, self.mapping = Beside(c.device, 0), Beside(c.device, 1)
         with self.states:  # what the pieces leave is known from the forward: it goes nowhere
@@ -125,69 +122,61 @@ class DeltaBackward:
                 self.scores, self.values, self.W, entering, late if len(pieces.late) else None, h=self.h, values=self.values,
                 emitted=c.states(len(pieces.emit)), final=c.states(len(pieces.final)), beside=True,
             )  # fmt: skip
-        if len(cut):
-            self._begin_parts(cut, dfinal)
+        if len(pieces.emit):
+            self._begin_parts()
         self.dvalues = c.values_grad(self.scores.P, do)
-        direct = np.setdiff1d(np.arange(c.num_pieces), cut)
+        direct = np.setdiff1d(np.arange(c.num_pieces), pieces.emit)
         if len(direct):
             only = self.parts.mask("direct backward", direct, c.num_pieces, c.device)
             c.run_state_grads(
                 self.scores, self.W, do, self.dvalues, dfinal, None, dh=self.dh, dvalues=self.dvalues, emitted=self.emitted,
                 dentering=self.dentering, only=only,
             )  # fmt: skip
-        if len(cut):
-            self._summarise(cut)
+        if len(pieces.emit):
+            self._summarise()
 
-    def _begin_parts(self, cut: np.ndarray, dfinal: Tensor) -> None:
+    def _begin_parts(self) -> None:
         c, parts = self.call, self.parts
         self.over = c.over(parts.pieces)
         self.offsets, self.maps = _summary_buffers(self.over, "late")
-        mapped = np.intersect1d(parts.pieces.maps, parts.of_pieces(np.intersect1d(cut, parts.several)))
+        mapped = np.intersect1d(parts.pieces.maps, parts.of_pieces(np.intersect1d(c.pieces.emit, parts.several)))
         if len(mapped):
             with self.mapping:
                 only = parts.mask("M of several", mapped, len(parts.piece), c.device)
                 self.over.run_transitions(self.scores, self.W, self.maps, only)
         self.dstart = self.over.states(len(parts.pieces.enter))
-        self.dfinal_parts = self.over.states(len(parts.pieces.final))
-        ends = np.intersect1d(parts.pieces.final, parts.of_pieces(self.awaited))
-        if len(ends):  # nobody reads the others
-            source = index_on(c.device, parts.pieces, "dfinal from", np.searchsorted(c.pieces.final, parts.piece[ends]))
-            target = index_on(c.device, parts.pieces, "dfinal to", np.searchsorted(parts.pieces.final, ends))
-            self.dfinal_parts.index_copy_(1, target, dfinal.index_select(1, source))
+        self.dfinal_parts = self.over.states(len(parts.pieces.final))  # of pieces that do not emit: nobody reads them
 
-    def _summarise(self, cut: np.ndarray) -> None:
-        """D of the parts of pieces that are cut, and of those pieces that others wait for."""
+    def _summarise(self) -> None:
+        """D of the parts of emitting pieces, and of those that others wait for."""
         c, parts, pieces = self.call, self.parts, self.call.pieces
-        chosen = np.intersect1d(parts.pieces.late, parts.of_pieces(cut))
+        chosen = np.intersect1d(parts.pieces.late, parts.of_pieces(pieces.emit))
         if len(chosen):
             self._run(None, self.offsets, parts.mask("D", chosen, len(parts.piece), c.device), store=False)
         self.mapping.join()
-        for piece in np.union1d(pieces.maps, self.awaited).tolist():
+        for piece in pieces.maps.tolist():
             _, entered = parts.fold_back(piece, None, self.offsets, self.maps)
             assert entered is not None, "a late piece is known to its start"
             self.emitted[:, int(np.searchsorted(pieces.late, piece))] = entered
 
     def intra(self) -> None:
-        if len(self.awaited):
-            self._walk("awaited", self.awaited, None)
         if not len(self.call.pieces.emit):
             self._gradients()
 
     def finish(self, late: Tensor) -> Gradients:
         if len(self.call.pieces.emit):
-            self._walk("emit", self.call.pieces.emit, late)
+            self._walk(late)
             self._gradients()
         return Gradients(*self.call.gradients(self.found), self.dentering)
 
-    def _walk(self, name: str, members: np.ndarray, dleft: Tensor | None) -> None:
-        """Back through all parts of some pieces, from the gradients of the states that they left, None where they emit none."""
+    def _walk(self, dleft: Tensor) -> None:
+        """Back through all parts of emitting pieces, from the gradients of the states that they left."""
         c, parts, pieces = self.call, self.parts, self.call.pieces
         ends: dict[int, Tensor] = {}
-        for row, piece in enumerate(members.tolist()):
-            leaving = None if dleft is None else dleft[:, row]
-            ends |= parts.fold_back(piece, leaving, self.offsets, self.maps)[0]
-        chosen = parts.of_pieces(members)
-        only = parts.mask(f"{name} backward", chosen, len(parts.piece), c.device)
+        for row, piece in enumerate(pieces.emit.tolist()):
+            ends |= parts.fold_back(piece, dleft[:, row], self.offsets, self.maps)[0]
+        chosen = parts.of_pieces(pieces.emit)
+        only = parts.mask("emit backward", chosen, len(parts.piece), c.device)
         self._run(_stacked(self.over, parts.pieces.emit, ends), torch.empty_like(self.offsets), only, store=True)
         begins = np.intersect1d(parts.pieces.enter, np.intersect1d(chosen, parts.first[pieces.enter]))
         if len(begins):

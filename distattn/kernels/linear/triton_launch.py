@@ -19,7 +19,6 @@ from torch import Tensor
 from distattn.kernels.linear import triton_chunks, triton_gradient, triton_output, triton_states, triton_transitions
 from distattn.kernels.linear.protocol import CONSTANT, NONE, SCALAR, VECTOR, Operands, Pieces
 from distattn.kernels.linear.triton_configs import ALL, Launch, LinearConfigs, linear_configs, padded
-from distattn.kernels.linear.triton_cuts import Cuts, cuts_of
 from distattn.kernels.linear.triton_parts import Parts, count_parts, parts_of
 
 # Triton types kernels as plain functions, whose launches are no subscripts.
@@ -62,7 +61,7 @@ class Call:
     inputs, else fp32, whose products run in tf32 for fp16 inputs and in three times tf32 for fp32 ones."""
 
     def __init__(self, x: Operands, pieces: Pieces, configs: LinearConfigs | None, num_parts: int = 0) -> None:
-        """num_parts: of pieces, in the delta family of those that cross borders; 0: what fills the device."""
+        """num_parts: of pieces that cross borders, in the delta family; 0: what fills the device."""
         self.q, self.k, self.v = (t.contiguous() for t in (x.q, x.k, x.v))
         self.x, self.pieces, self.scale = x, pieces, float(x.scale)
         self.batch, self.num_rows, self.heads, self.key_dim = x.q.shape
@@ -91,13 +90,6 @@ class Call:
             longest = int(-(-self.pieces.lengths[crossing].max(initial=0) // CHUNK))
             number = count_parts(self._num_walks(len(crossing)), 2 * _num_multiprocessors(self.device), longest)
         return parts_of(self.pieces, number, CHUNK)
-
-    def cuts(self, *, late: bool) -> Cuts | None:
-        """How the pieces are cut in the decay family, None if they are not. late: states enter those that are late."""
-        longest = int(-(-self.pieces.lengths.max() // CHUNK))
-        fills = count_parts(self._num_walks(self.num_pieces), 2 * _num_multiprocessors(self.device), longest)
-        number = self.num_parts or fills
-        return cuts_of(self.pieces, number, CHUNK, late=late) if number > 1 and longest > 1 else None
 
     # Shapes and constants.
 
