@@ -12,13 +12,14 @@ from typing import Any
 import pytest
 import torch
 
-from distattn.bench import linear
+from distattn.bench import linear, linear_ranks
 from distattn.bench.linear_problem import LinearProblem, LinearShape, errors, fla, ours, parse_shapes
 from distattn.bench.linear_report import draw, table
 from distattn.bench.linear_timing import Clock, quantiles
 from distattn.bench.record import Record
 from distattn.cli.bench import bench
 from distattn.errors import ConfigError, UnsupportedError
+from distattn.testing import run_ranks
 
 TINY = LinearShape("gated_delta", 1, 80, 2, 8)
 
@@ -113,6 +114,34 @@ def test_ranks_that_are_cut_short_leave_what_they_had(tmp_path: Path, monkeypatc
     assert "ended with status 143" in cell["ranks"]["failed"]
 
 
+def long_stream(rank: int, world: int) -> list[dict[str, dict[str, Any]]]:
+    """What a rank yields of a stream that no device has room for, beside a peer that is wrong."""
+    linear_ranks.init_from_environment = lambda *_, **__: (rank, world)  # pyright: ignore[reportAttributeAccessIssue]
+    linear_ranks.CHECKED_TOKENS = 0
+    ranks = linear_ranks.Ranks(linear_ranks.Settings("", "cpu", [], ["alone", "all_scan", "auto", "fla_cp"], 0.0, 0.0))
+    engine = ranks.engine
+
+    def with_peer(name: str, shape: LinearShape) -> Any:
+        if name != "fla_cp":
+            return engine(name, shape)
+        return lambda *tensors: 1.1 * engine("auto", shape)(*tensors)
+
+    ranks.engine = with_peer
+    return [json.loads(json.dumps(cell)) for cell in ranks.cell(replace(TINY, tokens=20))]
+
+
+def test_long_streams_are_compared_with_the_first_exchange() -> None:
+    for cells in run_ranks(long_stream, 2):
+        assert ["train_ms" in cell["auto"] for cell in cells] == [False, False, True]
+        last = cells[-1]
+        assert "error" not in last["alone"]
+        assert "error" not in last["all_scan"]
+        assert {last[name]["checked_against"] for name in ("auto", "fla_cp")} == {"all_scan"}
+        assert not last["auto"]["wrong"]
+        assert last["fla_cp"]["wrong"]
+        assert last["fla_cp"]["error"] == pytest.approx(0.1, rel=0.1)
+
+
 def test_the_command(tmp_path: Path) -> None:
     path = tmp_path / "linear.json"
     args = ["linear", "--json", str(path), "--seconds", "0", "--kinds", "gated_delta", "--commit", "x"]
@@ -130,6 +159,8 @@ def test_the_command(tmp_path: Path) -> None:
     assert not mine["wrong"]
     ranks = results["ranks 2|gated_delta B1 T40 H2 D16"]
     assert "error" not in ranks["alone"]
+    if not _has_fla():
+        assert "pip install flash-linear-attention" in ranks["fla_cp"]["not_run"]
     for exchange in ("all_scan", "two_level"):
         assert ranks[exchange]["error"] < 1e-5
         assert ranks[exchange]["checked_against"] == "one device"
