@@ -15,7 +15,7 @@ import numpy as np
 import typer
 
 from distattn.bench.disaggregation_cases import MIXES, SHAPES, linear_work, make_lengths
-from distattn.bench.options import names, positive_integers
+from distattn.bench.options import Commit, names, positive_integers
 from distattn.bench.record import Record, environment
 from distattn.errors import ConfigError
 from distattn.kernels.selection import shipped_rates
@@ -46,7 +46,7 @@ def main(
     tokens: Annotated[str, typer.Option(help="Tokens a rank, comma-separated.")] = "65536,131072",
     mixes: Annotated[str, typer.Option(help="Mixes of document lengths (default: all).")] = "",
     gb_per_second: Annotated[float, typer.Option(help="Between any two ranks, each direction.")] = 50.0,
-    commit: Annotated[str, typer.Option(help="Commit to record where the checkout is no git repository.")] = "",
+    commit: Commit = "",
 ) -> None:
     """Simulate the transfers that nothing hides."""
     if not gb_per_second > 0:

@@ -10,7 +10,7 @@ import torch
 import typer
 
 from distattn.bench.cad_layers import MODELS, measure
-from distattn.bench.options import positive_integers
+from distattn.bench.options import Commit, names, positive_integers
 from distattn.bench.record import Record, environment
 from distattn.errors import ConfigError
 
@@ -24,18 +24,15 @@ def main(
     tensor_parallel: Annotated[int, typer.Option(help="Devices that share a layer's matrices; one slice is timed.")] = 8,
     tokens: Annotated[str, typer.Option(help="Tokens, comma-separated.")] = "8192,32768",
     seconds: Annotated[float, typer.Option(help="Of repeats for each time; at least three repeats.")] = 0.5,
-    commit: Annotated[str, typer.Option(help="Commit to record where the checkout is no git repository.")] = "",
+    commit: Commit = "",
 ) -> None:
     """Time one layer's slice of the matrices, forward and backward, in bf16."""
-    names = [name for name in models.split(",") if name]
-    for name in names:
-        if name not in MODELS:
-            raise ConfigError(f"unknown model {name!r}: choose from {', '.join(MODELS)}")
-    if tensor_parallel < 1 or any(MODELS[name].kv_heads % tensor_parallel for name in names):
+    chosen = names("models", models, list(MODELS))
+    if tensor_parallel < 1 or any(MODELS[name].kv_heads % tensor_parallel for name in chosen):
         raise ConfigError(f"--tensor-parallel is {tensor_parallel} and must divide the KV heads of every model (8)")
     device = "cuda" if torch.cuda.is_available() else "cpu"
     record = Record(json_path, environment(commit), {"tensor_parallel": tensor_parallel})
-    for name in names:
+    for name in chosen:
         for size in positive_integers("tokens", tokens):
             key = f"{name}|{size}"
             if key not in record:

@@ -17,7 +17,7 @@ from typing import Annotated, Any
 import typer
 
 from distattn.bench.lengths import draw, find_lengths
-from distattn.bench.options import parts, positive_integers
+from distattn.bench.options import Commit, parts, positive_integers
 from distattn.bench.record import Record, environment
 from distattn.errors import ConfigError, PlanError
 from distattn.mask import Mask
@@ -44,7 +44,7 @@ def main(
     seeds: Annotated[int, typer.Option(help="Draws of each; no sequence is drawn twice.")] = 8,
     tolerance: Annotated[float, typer.Option(help="How far a rank may exceed its share of the attention.")] = 0.02,
     repeats: Annotated[int, typer.Option(help="Of each plan; the median of their times counts.")] = 5,
-    commit: Annotated[str, typer.Option(help="Commit to record where the checkout is no git repository.")] = "",
+    commit: Commit = "",
 ) -> None:
     """Plan, verify and count; exits with 1 where a tolerance or a cap is not kept, or the published planner receives less."""
     sizes = positive_integers("ranks", ranks)

@@ -21,7 +21,7 @@ from distattn.bench.cad_model import RANK_TOKENS, TENSOR_PARALLEL, Setting, base
 from distattn.bench.cad_pipeline import pipeline_seconds, pipeline_tokens
 from distattn.bench.disaggregation_report import cases, is_measured, slowest, without_transfers
 from distattn.bench.lengths import DISTRIBUTIONS
-from distattn.bench.options import names
+from distattn.bench.options import Commit, names
 from distattn.bench.record import Record, environment
 from distattn.errors import ConfigError
 from distattn.kernels.selection import shipped_rates
@@ -57,7 +57,7 @@ def main(
     mixes: Annotated[str, typer.Option(help="pretrain, prolong (default: both).")] = "",
     batches: Annotated[int, typer.Option(help="Batches a cell; their speed-ups are averaged.")] = 30,
     tolerance: Annotated[float, typer.Option(help="How far a rank may exceed its share of the attention.")] = 0.05,
-    commit: Annotated[str, typer.Option(help="Commit to record where the checkout is no git repository.")] = "",
+    commit: Commit = "",
 ) -> None:
     """Simulate step times with and without disaggregated attention."""
     if batches < 1:

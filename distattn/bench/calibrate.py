@@ -21,7 +21,7 @@ import torch
 import typer
 
 from distattn.bench.engines import Cell, Problem, first_call, tiles_of
-from distattn.bench.options import head_pairs, names, positive_integers
+from distattn.bench.options import Commit, head_pairs, names, positive_integers
 from distattn.bench.record import Record, environment
 from distattn.bench.timing import CellTimeoutError, limit, median_ms
 from distattn.calibration import Calibration, KernelCell, KernelRate, calibration_path, load_calibration
@@ -65,7 +65,7 @@ def main(
     head_dims: Annotated[str, typer.Option(help="comma-separated")] = "128,64",
     engines: Annotated[str, typer.Option(help="kernels to time, the rates of others are kept; default all")] = "",
     seconds: Annotated[float, typer.Option(help="of repeats for each time; at least three repeats")] = 0.05,
-    commit: Annotated[str, typer.Option(help="where the checkout is no git repository")] = "",
+    commit: Commit = "",
 ) -> None:
     """Measure kernels and links of this machine, and keep the result for `kernel=auto` and `distattn plan`."""
     if only not in ("", "kernels", "links"):

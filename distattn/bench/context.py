@@ -26,6 +26,7 @@ from distattn.bench.context_predict import add_forecasts, add_predictions
 from distattn.bench.context_ranks import Job
 from distattn.bench.context_report import IDEAL, Report, markdown, plot, table
 from distattn.bench.masks import LONGCA_MASKS
+from distattn.bench.options import Commit, parts
 from distattn.bench.record import environment
 from distattn.calibration import load_calibration
 from distattn.errors import ConfigError
@@ -71,7 +72,7 @@ def context_command(
         bool, typer.Option("--forecast", help="Measure nothing: predict the chosen cells from --calibration alone.")
     ] = False,
     as_markdown: Annotated[bool, typer.Option("--markdown", help="Measure nothing: print what there is for a page.")] = False,
-    commit: Annotated[str, typer.Option(help="Commit to record where the checkout is no git repository.")] = "",
+    commit: Commit = "",
     plot_path: Annotated[Path | None, typer.Option("--plot", help="Draw the shares of the ideal to FILE.png.")] = None,
 ) -> None:
     """Time context-parallel attention, ours and its peers; exits with 1 if a result of ours is wrong or failed."""
@@ -163,7 +164,7 @@ def choose_cases(names: str, masks: str, tokens: str, heads: str, ranks: int, *,
     """The cases of the options; ConfigError names an option that is wrong."""
     if names not in _SETS:
         raise ConfigError(f"--cases is {names!r}: choose one of {', '.join(_SETS)}")
-    listed = [name for name in masks.split(",") if name]
+    listed = parts(masks)
     for name in listed:
         check_mask(name)
     sizes = _numbers("--tokens", tokens, ",")
@@ -184,7 +185,7 @@ def choose_cases(names: str, masks: str, tokens: str, heads: str, ranks: int, *,
 def choose_engines(names: str) -> list[str]:
     """Ours and the peers in the order of the table; ConfigError lists them."""
     known = [*SCHEDULERS, "auto", *PEERS]
-    chosen = [name for name in names.split(",") if name] or known
+    chosen = parts(names) or known
     for name in chosen:
         strategy, *words = name.split("+")
         theirs = strategy in (*PEERS, IDEAL)

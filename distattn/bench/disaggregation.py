@@ -20,6 +20,7 @@ import typer
 import distattn
 from distattn.bench.disaggregation_cases import MIXES, SHAPES, engine_names, make_lengths
 from distattn.bench.disaggregation_report import plot, table
+from distattn.bench.options import Commit, parts
 from distattn.bench.record import environment
 from distattn.errors import ConfigError
 from distattn.launchers.local import launch_local
@@ -44,7 +45,7 @@ def disaggregation_command(
     silent: Annotated[bool, typer.Option("--silent", help="Time the same steps without their transfers, too.")] = False,
     time_limit: Annotated[float, typer.Option(help="Seconds after which no further cell begins.")] = 1e9,
     device: Annotated[str, typer.Option(help="cuda or cpu (default: what there is).")] = "",
-    commit: Annotated[str, typer.Option(help="Commit to record where the checkout is no git repository.")] = "",
+    commit: Commit = "",
     plot_path: Annotated[Path | None, typer.Option("--plot", help="Draw the step times to FILE.png.")] = None,
     only_report: Annotated[bool, typer.Option("--only-report", help="Measure nothing: show what the file holds.")] = False,
 ) -> None:
@@ -100,11 +101,11 @@ def choose_cells(tokens: str, mixes: str, engines: str, ranks: int) -> list[tupl
         sizes = []
     if not sizes or min(sizes) < 2:
         raise ConfigError(f"--tokens is {tokens!r}: give whole numbers of at least 2, separated by commas")
-    names = [name for name in engines.split(",") if name] or engine_names(ranks)
+    names = parts(engines) or engine_names(ranks)
     for name in names:
         if name not in engine_names(ranks):
             raise ConfigError(f"--engines has {name!r}: for {ranks} ranks choose from {', '.join(engine_names(ranks))}")
-    chosen = [mix for mix in mixes.split(",") if mix] or list(MIXES)
+    chosen = parts(mixes) or list(MIXES)
     for mix in chosen:
         make_lengths(mix, ranks, sizes[0])
     return [(size, mix, name) for size in sizes for mix in chosen for name in names]

@@ -25,7 +25,7 @@ from torch import Tensor
 
 from distattn.bench.engines import MASKS, PEERS, SEED, Cell, Engine, Problem, delta_of, engine_names, first_call
 from distattn.bench.masks import SPARSE_PLANS
-from distattn.bench.options import head_pairs, names, positive_integers
+from distattn.bench.options import Commit, head_pairs, names, positive_integers
 from distattn.bench.record import Record, environment
 from distattn.bench.timing import CellTimeoutError, limit, median_ms
 from distattn.errors import ConfigError, DistattnError
@@ -71,7 +71,7 @@ def main(
     seconds: Annotated[float, typer.Option(help="of repeats for each time, after two warm-ups; at least three repeats")] = 0.5,
     cell_seconds: Annotated[float, typer.Option(help="a cell that takes longer is given up; 0: none is")] = 120,
     plot: Annotated[Path | None, typer.Option(help="draw the results as a picture")] = None,
-    commit: Annotated[str, typer.Option(help="where the checkout is no git repository")] = "",
+    commit: Commit = "",
 ) -> None:
     """Time attention kernels on the masks of LongCA-bench, forward and backward, beside FlexAttention and FlashAttention-4."""
     if quick and block_plans:

@@ -31,7 +31,7 @@ from distattn.bench.linear_problem import Attend, LinearProblem, LinearShape, er
 from distattn.bench.linear_ranks import ALONE, FLA_CP
 from distattn.bench.linear_report import MAX_ERRORS, draw, table
 from distattn.bench.linear_timing import Clock, quantiles
-from distattn.bench.options import names, positive_integers
+from distattn.bench.options import Commit, names, positive_integers
 from distattn.bench.record import Record, environment
 from distattn.errors import DistattnError
 from distattn.kernels.linear import KINDS
@@ -59,7 +59,7 @@ def main(
     seconds: Annotated[float, typer.Option(help="of repeats for each engine; at least three repeats")] = 0.5,
     time_limit: Annotated[float, typer.Option(help="seconds after which no further cell begins")] = 1e9,
     plot: Annotated[Path | None, typer.Option(help="draw the results as a picture")] = None,
-    commit: Annotated[str, typer.Option(help="where the checkout is no git repository")] = "",
+    commit: Commit = "",
 ) -> None:
     """Time linear attention: kernels beside fla, seconds a token by length, exchanges over ranks."""
     device = "cuda" if torch.cuda.is_available() else "cpu"

@@ -1,10 +1,15 @@
-"""Command-line options that are lists, such as ``--lengths 8192,32768``."""
+"""What the benchmarks' command lines share: ``--commit``, and options that are lists, such as ``--lengths 8192,32768``."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Annotated
+
+import typer
 
 from distattn.errors import ConfigError
+
+Commit = Annotated[str, typer.Option(help="Commit to record where the checkout is no git repository.")]
 
 
 def parts(text: str) -> list[str]:

@@ -24,7 +24,7 @@ from typing import Annotated, Any
 import torch
 import typer
 
-from distattn.bench.options import names, parts
+from distattn.bench.options import Commit, names, parts
 from distattn.bench.recall_model import KINDS, WINDOW, Recipe, Trial
 from distattn.bench.recall_report import draw, table
 from distattn.bench.recall_tasks import TASKS
@@ -45,7 +45,7 @@ def main(
     jobs: Annotated[int, typer.Option(help="models that train at the same time; 0: a CPU core each, or one on cuda")] = 0,
     time_limit: Annotated[float, typer.Option(help="seconds after which no further model begins")] = 1e9,
     plot: Annotated[Path | None, typer.Option(help="draw the results as a picture")] = None,
-    commit: Annotated[str, typer.Option(help="where the checkout is no git repository")] = "",
+    commit: Commit = "",
 ) -> None:
     """Train small decoders on tasks of recall: accuracy by kind of layer and by distance."""
     chosen = names("tasks", tasks, tuple(TASKS)), names("kinds", kinds, tuple(KINDS)), whole_numbers("seed", seed)

@@ -17,6 +17,7 @@ from distattn.bench.context import predicted_hardware
 from distattn.bench.context_cases import HEAD_DIM, LONGCA_HEADS, LONGCA_KV_HEADS, Case, check_mask
 from distattn.bench.context_predict import predict_case
 from distattn.bench.masks import LONGCA_MASKS
+from distattn.bench.options import Commit, names, parts, positive_integers
 from distattn.bench.record import Record, environment
 from distattn.errors import ConfigError, PlanError
 from distattn.parallel.hardware import Hardware
@@ -34,35 +35,32 @@ def scaling_command(
     strategies: Annotated[str, typer.Option(help="Strategies, comma-separated (default: all).")] = "",
     calibration: Annotated[Path | None, typer.Option(help="Measured rates (default: this machine's, or a preset).")] = None,
     time_limit: Annotated[float, typer.Option(help="Seconds after which no further cell begins.")] = 1e9,
-    commit: Annotated[str, typer.Option(help="Commit to record where the checkout is no git repository.")] = "",
+    commit: Commit = "",
 ) -> None:
     """Predict forward + backward efficiency by schedule, mask and ranks."""
     hardware = predicted_hardware(calibration, "cuda")
-    numbers = [int(x) for x in ranks.split(",") if x.isdecimal() and int(x)]
+    numbers = positive_integers("ranks", ranks)
     if not numbers or tokens_per_rank < 1:
         raise ConfigError(f"--ranks is {ranks!r} and --tokens-per-rank {tokens_per_rank}: give positive whole numbers")
-    chosen = [name for name in masks.split(",") if name] or list(LONGCA_MASKS)
+    chosen = parts(masks) or list(LONGCA_MASKS)
     for name in chosen:
         check_mask(name)
-    names = [name for name in strategies.split(",") if name] or list(SCHEDULERS)
-    for name in names:
-        if name not in SCHEDULERS:
-            raise ConfigError(f"unknown strategy {name!r}: choose from {', '.join(SCHEDULERS)}")
+    schedules = names("strategies", strategies, list(SCHEDULERS))
     about = {"simulated": True, "hardware": repr(hardware), "tokens_per_rank": tokens_per_rank}
     record = Record(json_path, environment(commit), about)
     deadline = time.monotonic() + time_limit
     for size in numbers:
         for mask in chosen:
-            missing = [name for name in names if f"{mask}|{size}|{name}" not in record]
+            missing = [name for name in schedules if f"{mask}|{size}|{name}" not in record]
             if missing and time.monotonic() < deadline:
                 _predict(record, Case(mask, size * tokens_per_rank), size, missing, hardware)
-    print(table(record.results, numbers, names))
+    print(table(record.results, numbers, schedules))
 
 
-def _predict(record: Record, case: Case, ranks: int, names: list[str], hardware: Hardware) -> None:
+def _predict(record: Record, case: Case, ranks: int, schedules: list[str], hardware: Hardware) -> None:
     """All strategies of one mask and number of ranks."""
     mask = case.build()
-    for name in names:
+    for name in schedules:
         began = time.perf_counter()
         try:
             found = predict_case(case, mask, name, ranks, hardware)
@@ -81,18 +79,18 @@ def _predict(record: Record, case: Case, ranks: int, names: list[str], hardware:
         record.add(f"{case.mask}|{ranks}|{name}", entry)
 
 
-def table(results: dict[str, Any], ranks: list[int], names: list[str]) -> str:
+def table(results: dict[str, Any], ranks: list[int], schedules: list[str]) -> str:
     """Markdown: predicted efficiency, a row for each mask and number of ranks; the best of each row in bold."""
     shape = f"{LONGCA_HEADS}:{LONGCA_KV_HEADS} heads of {HEAD_DIM}"
     lines = [
         f"Predicted, not measured: {shape}, forward + backward, share of the ideal.",
         "",
-        "| mask | ranks | " + " | ".join(names) + " |",
-        "|---|---|" + "---|" * len(names),
+        "| mask | ranks | " + " | ".join(schedules) + " |",
+        "|---|---|" + "---|" * len(schedules),
     ]
     for mask in dict.fromkeys(key.split("|")[0] for key in results):
         for size in ranks:
-            cells = [results.get(f"{mask}|{size}|{name}", {}) for name in names]
+            cells = [results.get(f"{mask}|{size}|{name}", {}) for name in schedules]
             best = max((cell["efficiency"] for cell in cells if "efficiency" in cell), default=None)
             texts = ["–" if "efficiency" not in cell else f"{cell['efficiency']:.2f}" for cell in cells]
             bold = [f"**{t}**" if cell.get("efficiency") == best else t for t, cell in zip(texts, cells)]

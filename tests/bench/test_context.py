@@ -31,6 +31,7 @@ from distattn.bench.context_report import (
     tflops,
 )
 from distattn.bench.masks import LONGCA_MASKS
+from distattn.bench.scaling import scaling_command
 from distattn.bench.scaling import table as scaling_table
 from distattn.calibration import load_calibration
 from distattn.errors import ConfigError
@@ -253,6 +254,18 @@ def test_the_scaling_table_marks_the_best() -> None:
         "causal|8|ulysses": {"refused": "no"},
     }
     assert "| causal | 8 | 0.90 | **0.95** | – |" in scaling_table(results, [8], ["ring", "usp", "ulysses"])
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"ranks": "8,x"}, "--ranks has 'x'; it takes positive integers"),
+        ({"strategies": "warp"}, "--strategies has 'warp'; it may have ring"),
+    ],
+)
+def test_scaling_names_a_wrong_option(options: dict[str, Any], message: str, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=message):
+        scaling_command(json_path=tmp_path / "scaling.json", **options)
 
 
 def bench(path: Path, *options: str) -> subprocess.CompletedProcess[str]:
