@@ -47,8 +47,8 @@ def to_block_mask(num_queries: int, num_keys: int, bands: np.ndarray, device: st
     full = covered == block_size * block_size
     partial = (covered > 0) & ~full
     return BlockMask.from_kv_blocks(
-        *_block_lists(partial),
-        *_block_lists(full),
+        *block_lists(partial),
+        *block_lists(full),
         BLOCK_SIZE=block_size,
         mask_mod=_mask_mod(num_queries, bands, device),
         seq_lengths=(num_queries, num_keys),
@@ -103,7 +103,7 @@ def _area_per_block(num_queries: int, num_keys: int, bands: np.ndarray, block_si
     return covered[:, :num_columns]
 
 
-def _block_lists(chosen: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def block_lists(chosen: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Number of chosen blocks in each row [1, 1, rows] and their indices first [1, 1, rows, columns], int32."""
     counts = chosen.sum(1, dtype=torch.int32)
     indices = torch.argsort(chosen.to(torch.int8), dim=1, descending=True, stable=True).to(torch.int32)

@@ -20,15 +20,19 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.attention.flex_attention import BlockMask
 
 from distattn.bench.context_cases import Case
 from distattn.bench.lengths import draw
 from distattn.bench.masks import WINDOW
 from distattn.bench.predicates import Documents, Predicate, predicate
 from distattn.mask import Mask
+from distattn.mask_flex import block_lists
 
 MAX_DENSE_TOKENS = 32768
 """Longest sequence for which a dense S×S mask is given to a peer that takes no other: a gigabyte."""
+
+PAIRS_AT_ONCE = 1 << 26
 
 
 class Refused(Exception):
@@ -134,18 +138,38 @@ def torch_flex(case: Case, mask: Mask, ranks: Ranks, *, balance: str) -> Engine:
     _needs_even_shards(case, ranks, 128 * ranks.num_ranks)
     module = _flex_module(ranks.device)
     torch._dynamo.reset()
-    cp._compiled_create_block_mask = None  # compiled code that the reset took away
+    cp._compiled_create_block_mask = block_mask_by_rows
     if balance == "ptrr":
         balancer = balancers._PTRRLoadBalancer(mask.to_flex(device=ranks.device), ranks.num_ranks)
     else:
         balancer = balancers._HeadTailLoadBalancer(case.tokens, ranks.num_ranks, ranks.device)
     order = balancer._generate_indices(restore=False)
-    # Which blocks are seen is found once and not timed: where the mask fits as a matrix, without compiling that, too.
-    with torch.compiler.set_stance("force_eager" if case.tokens <= MAX_DENSE_TOKENS else "default"):
-        local = create_mask(flex_predicate(case, ranks.device.type), 1, 1, case.tokens, case.tokens, ranks.mesh, balancer)
+    local = create_mask(flex_predicate(case, ranks.device.type), 1, 1, case.tokens, case.tokens, ranks.mesh, balancer)
     module = cp._ContextParallel(seq_dim=2, attention_type=cp._ContextParallel.AttentionType.FLEX)._apply(module, ranks.mesh)
     call = partial(module, block_mask=local, enable_gqa=case.heads != case.kv_heads)
     return Engine(ranks.shard(order[0]), True, call, {"layout": balance}, torch._dynamo.reset)
+
+
+def block_mask_by_rows(
+    mask_mod: Predicate, batch: int, heads: int, num_queries: int, num_keys: int, *, device: str, BLOCK_SIZE: tuple[int, int]
+) -> BlockMask:
+    """What torch's ``create_block_mask`` makes for one batch entry and head, found without compiling it and without S×S.
+
+    Which blocks are seen is found once and not timed; compiled, that took most of a minute for each mask.
+    """
+    rows, columns = BLOCK_SIZE
+    zero = torch.zeros((), dtype=torch.int64, device=device)
+    keys = torch.arange(num_keys, device=device)[None]
+    seen = []
+    for block in torch.arange(num_queries, device=device).split(rows * max(1, PAIRS_AT_ONCE // (rows * num_keys))):
+        allowed = mask_mod(zero, zero, block[:, None], keys).expand(len(block), num_keys)
+        seen.append(allowed.reshape(len(block) // rows, rows, -1, columns).sum((1, 3)))
+    counts = torch.cat(seen)
+    full = counts == rows * columns
+    return BlockMask.from_kv_blocks(
+        *block_lists((counts > 0) & ~full), *block_lists(full), BLOCK_SIZE=BLOCK_SIZE, mask_mod=mask_mod,
+        seq_lengths=(num_queries, num_keys),
+    )  # fmt: skip
 
 
 def flex_predicate(case: Case, device: str) -> Predicate:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from typing import Any
 
+import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -26,6 +27,18 @@ def test_results_and_gradients_are_those_of_one_device() -> None:
     for errors in run_ranks(errors_of_flex, 2, timeout_s=120):
         assert len(errors) == 2 * len(MASKS)
         assert {key: found for key, found in errors.items() if not max(found.values()) < 1e-5} == {}
+
+
+def test_the_block_mask_is_the_one_that_torch_makes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Found a block of rows at a time, for lengths of whole blocks, as torch's context parallel asks for it."""
+    monkeypatch.setattr(context_peers, "PAIRS_AT_ONCE", 3 * 128 * 1024)
+    for name in MASKS:
+        mask_mod = context_peers.flex_predicate(Case(name, 1024, 4, 2, 16), "cpu")
+        made = context_peers.block_mask_by_rows(mask_mod, 1, 1, 640, 1024, device="cpu", BLOCK_SIZE=(128, 128))
+        wanted = flex_attention.create_block_mask(mask_mod, 1, 1, 640, 1024, device="cpu", BLOCK_SIZE=(128, 128))
+        assert made.seq_lengths == wanted.seq_lengths, name
+        for lists in ("kv_num_blocks", "kv_indices", "full_kv_num_blocks", "full_kv_indices", "q_num_blocks", "full_q_indices"):
+            assert torch.equal(getattr(made, lists), getattr(wanted, lists)), (name, lists)
 
 
 def errors_of_flex(rank: int, world: int) -> dict[str, dict[str, float]]:
