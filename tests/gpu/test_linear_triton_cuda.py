@@ -44,15 +44,19 @@ def on_gpu(x: Operands, dtype: torch.dtype) -> Operands:
     return Operands(q, k, v, g, beta, x.scale)
 
 
-def check(kind: str, gate: str, lengths: list[int], dtype: torch.dtype, *, skip: tuple[str, ...] = (), **options: Any) -> None:
-    """Documents with initial and final states, every gradient."""
+def check(
+    kind: str, gate: str, lengths: list[int], dtype: torch.dtype, *, skip: tuple[str, ...] = (), with_dg: bool = True,
+    **options: Any,
+) -> None:  # fmt: skip
+    """Documents with initial and final states, every gradient, or all but that of the gate."""
     limits = dict.fromkeys(LIMITS, FP32_LIMIT) if dtype == torch.float32 else LIMITS
     x = on_gpu(make_operands(kind, gate, 1, sum(lengths), **options), dtype)
     initial, dfinal = (random_states(1, len(lengths), x, seed).float().cuda() for seed in (1, 2))
     do = random_gradient(x)
     exact = Operands(*(None if t is None else t.double() for t in x[:5]), x.scale)  # pyright: ignore[reportCallIssue]
     wanted = run_whole(TorchLinear(), exact, lengths, initial.double(), do.double(), dfinal.double())
-    found = run_whole(TritonLinear(), x, lengths, initial, do, dfinal)
+    found = run_whole(TritonLinear(), x._replace(with_dg=with_dg), lengths, initial, do, dfinal)
+    skip = skip if with_dg else (*skip, "dg")
     over = excess(found, {n: t for n, t in wanted.items() if t is not None and n not in skip}, limits)
     assert not over, over
 
@@ -93,6 +97,26 @@ def test_fp32(kind: str, gate: str) -> None:
         check(kind, gate, [129, 70], torch.float32, strength=strength, skip=skip, key_dim=dim, value_dim=dim)
 
 
+WALKED = [("linear", "none"), ("lightning", "constant"), ("simple_gla", "scalar")]
+
+
+@pytest.mark.parametrize(("kind", "gate"), WALKED)
+def test_walks_by_spans(kind: str, gate: str) -> None:
+    """Documents of several spans and of one, where nobody asks for the gradient of the gate."""
+    for strength, dtype in ((0.05, BF16), (5.0, BF16), (0.05, FP16), (0.5, torch.float32)):
+        check(kind, gate, [1600, 7, 650], dtype, strength=strength, with_dg=False, key_dim=128, value_dim=128)
+    check(kind, gate, [65, 1, 1300], BF16, strength=0.05, with_dg=False, key_dim=60, value_dim=100, heads=1, value_heads=2)
+
+
+@pytest.mark.parametrize(("kind", "gate"), WALKED)
+def test_walks_that_hand_states_on(kind: str, gate: str) -> None:
+    for strength in (0.002, 1.0):
+        x = on_gpu(make_operands(kind, gate, 2, 2839, strength=strength, key_dim=64, value_dim=64, value_heads=4), BF16)
+        found, wanted = run_pieces(TritonLinear(), x._replace(with_dg=False), [1220, 5, 1614])
+        over = excess(found, {name: value for name, value in wanted.items() if name != "dg"})
+        assert not over, over
+
+
 @pytest.mark.parametrize("kind", ["gla", "kda", "gated_delta"])
 def test_gates_that_forget_at_once(kind: str) -> None:
     """−40 a token on average: dg is what rounding leaves of it."""
@@ -130,12 +154,13 @@ def test_the_self_test_passes(kind: str, gate: str) -> None:
     assert (reason is not None) == (gate == "vector"), reason
 
 
-def test_every_launch_gives_the_same_bits() -> None:
-    x = on_gpu(make_operands("kda", "vector", 1, 700, key_dim=64, value_dim=64), BF16)
+@pytest.mark.parametrize(("kind", "gate"), [("kda", "vector"), ("lightning", "constant")])
+def test_every_launch_gives_the_same_bits(kind: str, gate: str) -> None:
+    x = on_gpu(make_operands(kind, gate, 1, 1700, key_dim=64, value_dim=64), BF16)._replace(with_dg=kind == "kda")
     states, do = torch.zeros(1, 0, 2, 64, 64, device="cuda"), random_gradient(x)
     results = []
     for _ in range(2):
-        backward = TritonLinear().backward_begin(x, Pieces.whole([700]), states, states, do, states)
+        backward = TritonLinear().backward_begin(x, Pieces.whole([1700]), states, states, do, states)
         backward.intra()
         results.append(backward.finish(states))
     for first, second in zip(*results, strict=True):

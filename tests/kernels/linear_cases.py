@@ -158,7 +158,7 @@ def run_pieces(backend: LinearBackend, x: Operands, lengths: list[int]) -> tuple
 def cut(x: Operands, lengths: list[int]) -> list[Operands]:
     """Each piece's rows of the operands; a constant gate is everybody's."""
     parts = [[t] * len(lengths) if t is None or t.ndim == 1 else t.split(lengths, 1) for t in x[:5]]
-    return [Operands(q, k, v, g, beta, x.scale) for q, k, v, g, beta in zip(*parts, strict=True)]  # pyright: ignore
+    return [x._replace(**dict(zip(NAMES, part, strict=True))) for part in zip(*parts, strict=True)]
 
 
 def follow(transition: Tensor | None, state: Tensor, *, adjoint: bool = False) -> Tensor:

@@ -22,6 +22,7 @@ from distattn.kernels.linear.triton_backend import TritonLinear
 from distattn.kernels.linear.triton_configs import linear_configs, padded
 from tests.kernels.linear_cases import (
     CASES,
+    NAMES,
     make_operands,
     oracle,
     random_gradient,
@@ -48,16 +49,21 @@ def interpreter() -> Iterator[Executor]:
             yield executor
 
 
-def whole_errors(kind: str, gate: str, lengths: list[int], options: dict, *, spread: bool = False) -> dict[str, float]:
-    """In the interpreter's process, of documents with initial and final states. spread: inputs with gaps between features."""
-    x = make_operands(kind, gate, 1, sum(lengths), **options)
+def whole_errors(
+    kind: str, gate: str, lengths: list[int], options: dict, *, spread: bool = False, span_chunks: int = 0
+) -> dict[str, float]:
+    """In the interpreter's process, of documents with initial and final states. spread: inputs with gaps between features.
+    span_chunks: nobody asks for the gradient of the gate, and there are walks by spans of that length."""
+    x = make_operands(kind, gate, 1, sum(lengths), **options)._replace(with_dg=not span_chunks)
+    configs = linear_configs(x.q.dtype, gate, x.beta is not None, x.q.shape[-1], x.v.shape[-1])
     if spread:
-        x = Operands(*(None if t is None else torch.stack((t, t * np.nan), -1)[..., 0] for t in x[:5]), x.scale)  # pyright: ignore
+        given = {name: t for name in NAMES if (t := getattr(x, name)) is not None}
+        x = x._replace(**{name: torch.stack((t, t * np.nan), -1)[..., 0] for name, t in given.items()})
     initial, dfinal = (random_states(1, len(lengths), x, seed).float() for seed in (1, 2))
     do = random_gradient(x)
     with np.errstate(all="ignore"):
-        found = run_whole(TritonLinear(), x, lengths, initial, do, dfinal)
-    return worst(found, oracle(x, lengths, initial, do, dfinal))
+        found = run_whole(TritonLinear(replace(configs, span_chunks=span_chunks)), x, lengths, initial, do, dfinal)
+    return worst(found, {n: t for n, t in oracle(x, lengths, initial, do, dfinal).items() if n != "dg" or x.with_dg})
 
 
 def piece_errors(kind: str, gate: str) -> dict[str, float]:
@@ -76,13 +82,17 @@ SETS = {
 """Pieces of one rank: their lengths, and which start from initial states, are late, emit, and are final."""
 
 
-def sets_errors(kind: str, gate: str, sets: tuple[list[int], ...], num_parts: int) -> dict[str, float]:
+def sets_errors(
+    kind: str, gate: str, sets: tuple[list[int], ...], num_parts: int = 0, span_chunks: int = 0, with_dg: bool = True
+) -> dict[str, float]:
     """In the interpreter's process: against plain torch in fp64, from random states that arrive."""
     lengths, *members = sets
     enter, late, emit, final = (np.array(m, np.int64) for m in members)
     pieces = Pieces(np.array(lengths), enter, late, emit, final)
     options = {"heads": 1, "value_heads": 1, "key_dim": 16, "value_dim": 16, "dtype": torch.float32}
     x = make_operands(kind, gate, 2, sum(lengths), strength=2.0 if gate == "scalar" else 0.3, **options)
+    x = x._replace(with_dg=with_dg)
+    configs = replace(linear_configs(torch.float32, gate, x.beta is not None, 16, 16), span_chunks=span_chunks)
     counts = [len(m) for m in members]
     states = {
         name: random_states(2, n, x, i).float()
@@ -90,8 +100,8 @@ def sets_errors(kind: str, gate: str, sets: tuple[list[int], ...], num_parts: in
     }
     do = random_gradient(x)
     found, wanted = {}, {}
-    exact = Operands(*(None if t is None else t.double() for t in x[:5]), x.scale)  # pyright: ignore[reportCallIssue]
-    for backend, inputs, kept in ((TritonLinear(num_parts=num_parts), x, found), (TorchLinear(), exact, wanted)):
+    exact = Operands(*(None if t is None else t.double() for t in x[:5]), x.scale, with_dg)  # pyright: ignore[reportCallIssue]
+    for backend, inputs, kept in ((TritonLinear(configs, num_parts), x, found), (TorchLinear(), exact, wanted)):
         given = {name: state.to(inputs.v.dtype) for name, state in states.items()}
         with np.errstate(all="ignore"):
             forward = backend.forward_begin(inputs, pieces, given["enter"])
@@ -132,6 +142,33 @@ def test_pieces_of_every_sort(kind: str, gate: str, num_parts: int, name: str, i
     assert max(errors.values()) < 3e-5, errors
 
 
+@pytest.mark.parametrize("name", SETS)
+@pytest.mark.parametrize(
+    ("kind", "gate", "span_chunks"), [("lightning", "constant", 1), ("linear", "none", 1), ("simple_gla", "scalar", 2)]
+)
+def test_walks_by_spans(kind: str, gate: str, span_chunks: int, name: str, interpreter: Executor) -> None:
+    """Pieces of every sort, of one span and of several, where nobody asks for the gradient of the gate."""
+    errors = interpreter.submit(sets_errors, kind, gate, SETS[name], span_chunks=span_chunks, with_dg=False).result()
+    assert max(errors.values()) < 3e-5, errors
+
+
+@pytest.mark.parametrize(
+    ("kind", "gate", "dtype", "limit"),
+    [
+        ("retention", "constant", torch.float32, 1e-5),
+        ("linear", "none", torch.float16, 1e-2),
+        ("simple_gla", "scalar", torch.float32, 1e-5),
+    ],
+)
+def test_walks_of_grouped_heads_and_odd_dims(
+    kind: str, gate: str, dtype: torch.dtype, limit: float, interpreter: Executor
+) -> None:
+    options = {"heads": 1, "value_heads": 2, "key_dim": 20, "value_dim": 40, "dtype": dtype, "strength": 0.1}
+    errors = interpreter.submit(whole_errors, kind, gate, [130, 1, 66], options, spread=True, span_chunks=1).result()
+    assert "dk" in errors
+    assert max(errors.values()) < limit, errors
+
+
 @pytest.mark.parametrize(("kind", "gate"), [("gated_delta", "scalar"), ("kda", "vector")])
 def test_transitions_that_fade(kind: str, gate: str, interpreter: Executor) -> None:
     """Of a piece of six chunks nothing is left after four, where the kernel looks."""
@@ -151,7 +188,7 @@ def without_dg(kind: str, gate: str) -> list[str]:
     return [name for name, value in every.items() if value is not None and (some[name] is None or (some[name] != value).any())]
 
 
-@pytest.mark.parametrize(("kind", "gate"), [("lightning", "constant"), ("gla", "vector"), ("gated_delta", "scalar")])
+@pytest.mark.parametrize(("kind", "gate"), [("gla", "vector"), ("gated_delta", "scalar")])
 def test_gates_without_a_gradient(kind: str, gate: str, interpreter: Executor) -> None:
     assert interpreter.submit(without_dg, kind, gate).result() == ["dg"]
 
@@ -202,6 +239,7 @@ def test_refusals(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_blocks_are_powers_of_two(gate: str, dtype: torch.dtype) -> None:
     for delta in (False, True):
         for key_dim, value_dim in ((16, 16), (60, 100), (128, 256), (256, 512)):
-            for launch in vars(linear_configs(dtype, gate, delta, key_dim, value_dim)).values():
+            launches = vars(linear_configs(dtype, gate, delta, key_dim, value_dim))
+            for launch in (x for name, x in launches.items() if name != "span_chunks"):
                 assert padded(launch.block_k) == launch.block_k
                 assert padded(launch.block_v) == launch.block_v

@@ -17,6 +17,7 @@ from distattn.kernels.linear.triton_configs import LinearConfigs
 from distattn.kernels.linear.triton_decay import DecayBackward, DecayForward
 from distattn.kernels.linear.triton_delta import DeltaBackward, DeltaForward
 from distattn.kernels.linear.triton_self_test import broken
+from distattn.kernels.linear.triton_walks import WalkBackward, WalkForward
 from distattn.kernels.triton_here import why_no_triton
 
 if TYPE_CHECKING:
@@ -52,14 +53,18 @@ class TritonLinear:
 
     def forward_begin(self, x: Operands, pieces: Pieces, entering: Tensor) -> ForwardPass:
         call, entering = self._call(x, pieces), entering.contiguous()
-        return DeltaForward(call, entering) if call.delta else DecayForward(call, entering)
+        if call.delta:
+            return DeltaForward(call, entering)
+        return DecayForward(call, entering) if call.spans is None else WalkForward(call, entering)
 
     def backward_begin(
         self, x: Operands, pieces: Pieces, entering: Tensor, late: Tensor, do: Tensor, dfinal: Tensor
     ) -> BackwardPass:
         call = self._call(x, pieces)
         given = (entering.contiguous(), late.contiguous(), dfinal.contiguous(), do.contiguous())
-        return DeltaBackward(call, *given) if call.delta else DecayBackward(call, *given)
+        if call.delta:
+            return DeltaBackward(call, *given)
+        return DecayBackward(call, *given) if call.spans is None or call.with_dg else WalkBackward(call, *given)
 
     def _call(self, x: Operands, pieces: Pieces) -> Call:
         launch = importlib.import_module("distattn.kernels.linear.triton_launch")

@@ -30,7 +30,8 @@ class Launch:
 @dataclass(frozen=True)
 class LinearConfigs:
     """One for each kernel. Kernels that need all of K at once take it padded, whatever ``block_k`` says. few_states: of the
-    state kernel in the delta family, where it has fewer programs than the device has multiprocessors."""
+    state kernel in the delta family, where it has fewer programs than the device has multiprocessors. added: of the state
+    kernels where they make what spans add. span_chunks: chunks of a span, 0: what fills the device."""
 
     gate_sums: Launch
     scores: Launch
@@ -41,6 +42,9 @@ class LinearConfigs:
     output: Launch
     values_grad: Launch
     gradient: Launch
+    added: Launch
+    walk: Launch
+    span_chunks: int = 0
 
 
 def padded(dim: int) -> int:
@@ -65,4 +69,6 @@ def linear_configs(dtype: torch.dtype, gate: str, delta: bool, key_dim: int, val
         output=Launch(64, 128, 8, 2 if vector else 3) if half else Launch(32, 32, 4, 1),
         values_grad=Launch(64, 64, 4, 2) if half else Launch(32, 32, 4, 1),
         gradient=Launch(128, 32, 8, 3) if half and not wide else Launch(128, 16, 4 if single else 8, 1),
+        added=Launch(64, 64, 4, 3 if half else 1),
+        walk=Launch(128, 64 if half else 32, 4, 2 if half else 1),
     )

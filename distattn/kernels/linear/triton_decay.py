@@ -39,7 +39,7 @@ class DecayForward:
         c.run_states(
             self.scores, c.v, c.q, entering, None, h=self.h, values=c.v, emitted=self.emitted, final=self.final, sums=sums
         )
-        self.transition: Tensor | None = _of_pieces(c, self.total, "maps") * math.log(2) if self.fades else None
+        self.transition: Tensor | None = of_pieces(c, self.total, "maps") * math.log(2) if self.fades else None
 
     def intra(self) -> None:
         self.o = torch.empty_like(self.call.v)
@@ -51,7 +51,7 @@ class DecayForward:
     def finish(self, late: Tensor) -> tuple[Tensor, Tensor]:
         if self.has_late:
             late = late.contiguous()
-            _add_through(self.call, self.final, "final", late, "late", self.total)
+            add_through(self.call, self.final, "final", late, "late", self.total)
             self._output(late, NEAR if self.fades else ALL)
         return self.o, self.final
 
@@ -101,7 +101,7 @@ class DecayBackward:
         c = self.call
         if self.emits:
             dleft = late.contiguous()
-            _add_through(c, self.dentering, "enter", dleft, "emit", self.total)
+            add_through(c, self.dentering, "enter", dleft, "emit", self.total)
             self._gradients(dleft, NEAR if self.fades else ALL, (True,))
             # Chunks that are not mild are rare: one launch for those that are reached and the others.
             self._gradients(dleft, ALL, (False,))
@@ -117,7 +117,7 @@ class DecayBackward:
                 )
 
 
-def _of_pieces(c: Call, sums: Tensor, name: str) -> Tensor:
+def of_pieces(c: Call, sums: Tensor, name: str) -> Tensor:
     """[B, num, HV(, K)]: the sums over the pieces of a set."""
     members = getattr(c.pieces, name)
     if not len(members):
@@ -125,7 +125,7 @@ def _of_pieces(c: Call, sums: Tensor, name: str) -> Tensor:
     return sums.index_select(1, index_on(c.device, c.pieces, name, members))
 
 
-def _add_through(c: Call, states: Tensor, into: str, entered: Tensor, by: str, total: Tensor) -> None:
+def add_through(c: Call, states: Tensor, into: str, entered: Tensor, by: str, total: Tensor) -> None:
     """Add to the states of one set of pieces what entered them as members of the other, decayed by the whole piece."""
     into_set, by_set = getattr(c.pieces, into), getattr(c.pieces, by)
     both = np.intersect1d(into_set, by_set)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from copy import copy
+from dataclasses import replace
 from functools import cached_property, lru_cache
 from typing import Any, NamedTuple
 
@@ -16,10 +17,18 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from distattn.kernels.linear import triton_chunks, triton_gradient, triton_output, triton_states, triton_transitions
+from distattn.kernels.linear import (
+    triton_chunks,
+    triton_gradient,
+    triton_output,
+    triton_states,
+    triton_transitions,
+    triton_walk,
+)
 from distattn.kernels.linear.protocol import CONSTANT, NONE, SCALAR, VECTOR, Operands, Pieces
 from distattn.kernels.linear.triton_configs import ALL, Launch, LinearConfigs, linear_configs, padded
 from distattn.kernels.linear.triton_parts import Parts, count_parts, parts_of
+from distattn.kernels.linear.triton_spans import Spans, count_span_chunks, spans_of
 
 # Triton types kernels as plain functions, whose launches are no subscripts.
 _chunks: Any = triton_chunks
@@ -27,6 +36,7 @@ _states: Any = triton_states
 _transitions: Any = triton_transitions
 _output: Any = triton_output
 _gradient: Any = triton_gradient
+_walk: Any = triton_walk
 
 CHUNK = 64
 _GATES = {NONE: 0, CONSTANT: 1, SCALAR: 2, VECTOR: 3}
@@ -54,6 +64,21 @@ class GradientBuffers(NamedTuple):
     dv: Tensor
     dg: Tensor
     dbeta: Tensor
+
+
+class SpanStates(NamedTuple):
+    """What enters each span, [B, P, HV, K, V] in fp32, and the gate's sums from its piece's beginning to each span, [B, P, HV],
+    and over each piece, [B, N, HV], in the direction of a walk."""
+
+    states: Tensor
+    before: Tensor
+    through: Tensor
+
+
+MAX_WALK_DIM = 128
+"""Of keys and values that a walk by spans holds whole."""
+
+_FLAT_BLOCK = 1024
 
 
 class Call:
@@ -90,6 +115,20 @@ class Call:
             longest = int(-(-self.pieces.lengths[crossing].max(initial=0) // CHUNK))
             number = count_parts(self._num_walks(len(crossing)), 2 * _num_multiprocessors(self.device), longest)
         return parts_of(self.pieces, number, CHUNK)
+
+    @cached_property
+    def spans(self) -> Spans | None:
+        """How pieces are cut for walks side by side, or None where outputs and gradients come from states of all chunks: a
+        vector of gates, the delta family, wide heads, and pieces so short that states of spans would take more memory."""
+        if self.delta or self.x.gate == VECTOR or max(self.key_dim, self.value_dim) > MAX_WALK_DIM:
+            return None
+        if self.configs.span_chunks:
+            return spans_of(self.pieces, self.configs.span_chunks * CHUNK)
+        block = min(self.configs.walk.block_v, padded(self.value_dim))
+        walks = self.batch * self.value_heads * -(-self.value_dim // block)
+        length = count_span_chunks(walks, 8 * _num_multiprocessors(self.device), self.num_chunks)
+        spans = spans_of(self.pieces, length * CHUNK)
+        return spans if 2 * len(spans.piece) <= self.num_chunks else None
 
     # Shapes and constants.
 
@@ -263,6 +302,62 @@ class Call:
             emitted.shape[1], 0 if dleft is None else dleft.shape[1], dfinal.shape[1], **self._state_shape, **blocks,
             **self._common, DELTA=self.delta, LATE=dleft is not None, ONLY=only is not None, STORE=store,
             PREFIX=sums is not None, **self._options(config),
+        )  # fmt: skip
+
+    # Walks by spans.
+
+    def span_states(
+        self,
+        do: Tensor | None,
+        given: Tensor,
+        late: Tensor | None,
+        left: Tensor,
+        kept: Tensor,
+        names: tuple[str, str, str, str],
+    ) -> SpanStates:
+        """States that enter the spans forwards, of k and v, or with ``do`` backwards, of q and do. given, late: states that
+        pieces start from; left, kept: those they end with. names: the sets of pieces that have them."""
+        assert self.spans is not None, "the call has spans"
+        over, t, number = self.over(self.spans.pieces), self.tables, len(self.spans.piece)
+        over.configs = replace(self.configs, state=self.configs.added, state_grad=self.configs.added)
+        states, none, stand_in = self.states(number), self.states(0), self.scores()
+        before, through, totals = self.sums(number), self.sums(self.num_pieces), self.sums(number)
+        sums = None if self.x.g is None else (self.sums(self.num_chunks), totals)
+        if do is None:
+            over.run_states(stand_in, self.v, self.q, none, None, h=None, values=self.v, emitted=states, final=none, sums=sums)
+        else:
+            over.run_state_grads(
+                stand_in, self.q, do, self.q, none, None, dh=self.q, dvalues=self.q, emitted=states, dentering=none, sums=sums,
+                store=False,
+            )  # fmt: skip
+        size = self.key_dim * self.value_dim
+        block = min(_FLAT_BLOCK, triton.next_power_of_2(size))
+        rows = [getattr(t, name) for name in names]
+        _walk.span_states_kernel[triton.cdiv(size, block), self.batch * self.num_pieces * self.value_heads](
+            states, totals, given, states if late is None else late, left, kept, before, through,
+            self.spans.tables(self.device)[1], *rows, self.num_pieces, number, given.shape[1],
+            0 if late is None else late.shape[1], left.shape[1], kept.shape[1], HV=self.value_heads, SIZE=size, BLOCK=block,
+            GATE=self.gate, LATE=late is not None, REVERSE=do is not None, num_warps=4,
+        )  # fmt: skip
+        return SpanStates(states, before, through)
+
+    def run_walk(
+        self, y: Tensor, a: Tensor, b: Tensor, c: Tensor, entering: SpanStates, late: Tensor | None = None,
+        crossing: str = "late", *, reach: int = ALL, transposed: bool = False, reverse: bool = False,
+    ) -> None:  # fmt: skip
+        """y [B, T, HV, E] of a, b and c. late: states that crossed the borders of the pieces in ``crossing`` and that
+        ``entering`` lacks. transposed: the walk's state is the transpose of what ``entering`` holds."""
+        assert self.spans is not None, "the call has spans"
+        config, (piece, _) = self.configs.walk, self.spans.tables(self.device)
+        D, E = a.shape[-1], c.shape[-1]
+        block_e = min(config.block_v, padded(E))
+        _walk.walk_kernel[triton.cdiv(E, block_e), self.batch * len(self.spans.piece) * self.value_heads](
+            a, b, c, self.g, entering.states, entering.states if late is None else late, entering.before, y,
+            self.spans.pieces.tables(self.device, CHUNK).cu_seqlens, piece, getattr(self.tables, crossing), self.scale,
+            self.num_rows, len(self.spans.piece), 0 if late is None else late.shape[1], HV=self.value_heads, HA=a.shape[2],
+            HC=c.shape[2], D=D, E=E, BLOCK_D=padded(D), BLOCK_E=block_e, STRIDE_D=1 if transposed else E,
+            STRIDE_E=D if transposed else 1, REVERSE=reverse, LATE=late is not None, REACH=reach, **self._common,
+            **self._options(config),
         )  # fmt: skip
 
     # Outputs and gradients.

@@ -8,6 +8,7 @@ dimensions, are therefore run on a few chunks, with weak and with strong gates, 
 from __future__ import annotations
 
 from functools import lru_cache
+from itertools import product
 
 import torch
 import torch.nn.functional as F
@@ -16,8 +17,8 @@ from torch import Tensor
 from distattn.kernels.linear.chunked import TorchLinear
 from distattn.kernels.linear.protocol import CONSTANT, NONE, SCALAR, VECTOR, LinearBackend, LinearCase, Operands, Pieces
 
-LENGTHS = (129, 70)
-"""Rows of two documents: whole chunks, chunks of 1 and of 6 rows."""
+LENGTHS = (577, 70)
+"""Rows of two documents: whole chunks, chunks of 1 and of 6 rows; a document of two spans."""
 
 GATES = (0.1, 8.0)
 """Mean −log decay a token: scores as one product of scaled rows, and by differences."""
@@ -34,23 +35,26 @@ def broken(backend: LinearBackend, case: LinearCase, device: torch.device) -> st
 @lru_cache(maxsize=256)
 def _broken(backend: LinearBackend, case: LinearCase, _: str, device: torch.device) -> str | None:
     with torch.no_grad():
-        for strength in GATES if case.gate != NONE else GATES[:1]:
-            for name, error in errors(backend, case, strength, device).items():
+        gated, walks = case.gate != NONE, not case.delta and case.gate in (CONSTANT, SCALAR)
+        for strength, with_dg in product(GATES if gated else GATES[:1], (True, False) if walks else (True,)):
+            for name, error in errors(backend, case, strength, device, with_dg).items():
                 # Under strong gates dg is a small difference of large numbers, whatever computes it.
                 if not error <= LIMITS[name] and (name != "dg" or strength == GATES[0]):
                     return f"computes {name} wrongly on this device (relative error {error:.2g} in its self-test)"
     return None
 
 
-def errors(backend: LinearBackend, case: LinearCase, strength: float, device: torch.device) -> dict[str, float]:
-    """Relative error of each result of one case against fp64."""
-    x = _operands(case, strength, device)
+def errors(
+    backend: LinearBackend, case: LinearCase, strength: float, device: torch.device, with_dg: bool = True
+) -> dict[str, float]:
+    """Relative error of each result of one case against fp64. with_dg: the gradient of the gate is asked for, too."""
+    x = _operands(case, strength, device)._replace(with_dg=with_dg)
     shape = (1, len(LENGTHS), case.value_heads, case.key_dim, case.value_dim)
     seeded = torch.Generator(device).manual_seed(1)
     entering, dfinal = (torch.randn(shape, device=device, generator=seeded) for _ in range(2))
     do = torch.randn(x.v.shape, device=device, generator=seeded).to(case.dtype)
     got = _run(backend, x, entering, do, dfinal)
-    exact = Operands(*(None if t is None else t.double() for t in x[:5]), x.scale)  # pyright: ignore[reportCallIssue]
+    exact = Operands(*(None if t is None else t.double() for t in x[:5]), x.scale, with_dg)  # pyright: ignore[reportCallIssue]
     want = _run(TorchLinear(), exact, entering.double(), do.double(), dfinal.double())
     return {name: _relative(got[name], value) for name, value in want.items()}
 

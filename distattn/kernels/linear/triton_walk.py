@@ -1,0 +1,173 @@
+"""Outputs and gradients of the decay family by walks side by side, in Triton, for a gate a head or none.
+
+With such a gate one operation gives all four. Of rows a, b, c and a state S, forwards:
+
+    y_i = s Σ_{j ≤ i} 2^(G_i − G_j) (a_i · b_j) c_j + s 2^(G_i) a_i S        S ← 2^(G_C) S + Σ_j 2^(G_C − G_j) b_jᵀ c_j
+
+and backwards:
+
+    y_i = s Σ_{j ≥ i} 2^(G_j − G_i) (a_i · b_j) c_j + 2^(G_C − G_i) a_i S    S ← 2^(G_C) S + s Σ_j 2^(G_j) b_jᵀ c_j
+
+    o   forwards (q, k, v), from S         dq  forwards (dO, v, k), from Sᵀ
+    dv  backwards (k, q, dO), from dS'     dk  backwards (v, dO, q), from dS'ᵀ
+
+A piece is cut into spans. ``state_kernel`` and ``state_grad_kernel`` make what each span adds to a state, span_states_kernel
+from that what enters each span, and walk_kernel goes through the chunks of all spans side by side, so that no state of a chunk
+is ever in memory.
+"""
+
+# pyright: reportPossiblyUnboundVariable=false, reportOperatorIssue=false, reportGeneralTypeIssues=false
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from distattn.kernels.linear.triton_output import FADED_POWERS, REACH_ALL, REACH_NEAR
+from distattn.kernels.linear.triton_rows import CHUNK, GATE_NONE, load_tile, row_gate, store_tile
+
+
+@triton.jit
+def add_flat(b_x, states, rows, i_n, i_b, i_h, num_states, o_x, HV: tl.constexpr, SIZE: tl.constexpr):
+    """A block of a state plus that of a piece's state in a set, if it has one."""
+    i_row = tl.load(rows + i_n)
+    at = ((i_b * num_states + tl.maximum(i_row, 0)) * HV + i_h) * SIZE
+    return b_x + tl.load(states + at + o_x, mask=(o_x < SIZE) & (i_row >= 0), other=0.0)
+
+
+@triton.jit
+def store_flat(b_x, states, rows, i_n, i_b, i_h, num_states, o_x, HV: tl.constexpr, SIZE: tl.constexpr):
+    i_row = tl.load(rows + i_n)
+    at = ((i_b * num_states + tl.maximum(i_row, 0)) * HV + i_h) * SIZE
+    tl.store(states + at + o_x, b_x, mask=(o_x < SIZE) & (i_row >= 0))
+
+
+@triton.jit(do_not_specialize=["num_pieces", "num_spans", "num_given", "num_late", "num_left", "num_kept"])
+def span_states_kernel(
+    states, totals, given, late, left, kept, before, through, first_span, rows_given, rows_late, rows_left, rows_kept,
+    num_pieces, num_spans, num_given, num_late, num_left, num_kept,
+    HV: tl.constexpr, SIZE: tl.constexpr, BLOCK: tl.constexpr, GATE: tl.constexpr, LATE: tl.constexpr, REVERSE: tl.constexpr,
+):  # fmt: skip
+    """states [B, P, HV, K·V], fp32: what each span adds becomes what enters it, in the direction of the walk.
+
+    totals [B, P, HV]: the gate's sum over each span. given, late: states that pieces start from; left, kept: those they end
+    with.
+    before [B, P, HV], through [B, N, HV]: the gate's sums from a piece's beginning to each span, and over the piece.
+    """
+    i_program = tl.program_id(1)
+    i_h = (i_program % HV).to(tl.int64)
+    i_n = (i_program // HV) % num_pieces
+    i_b = (i_program // HV // num_pieces).to(tl.int64)
+    o_x = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    m_x = o_x < SIZE
+    first = tl.load(first_span + i_n)
+    number = tl.load(first_span + i_n + 1) - first
+    b_x = add_flat(tl.zeros([BLOCK], tl.float32), given, rows_given, i_n, i_b, i_h, num_given, o_x, HV, SIZE)
+    if LATE:
+        b_x = add_flat(b_x, late, rows_late, i_n, i_b, i_h, num_late, o_x, HV, SIZE)
+    i_s = first + (number - 1 if REVERSE else 0)
+    step = -1 if REVERSE else 1
+    at = (i_b * num_spans + i_s) * HV + i_h
+    b_next = tl.load(states + at * SIZE + o_x, mask=m_x, other=0.0)
+    gates = 0.0
+    for i_step in range(number):
+        b_added = b_next
+        # Ahead of the store, behind which it would wait: the two never overlap.
+        b_next = tl.load(states + (at + step * HV) * SIZE + o_x, mask=m_x & (i_step + 1 < number), other=0.0)
+        tl.store(states + at * SIZE + o_x, b_x, mask=m_x)
+        if GATE != GATE_NONE:
+            total = tl.load(totals + at)
+            tl.store(before + at, gates, mask=tl.program_id(0) == 0)
+            gates += total
+            b_x *= tl.exp2(total)
+        b_x += b_added
+        at += step * HV
+    store_flat(b_x, left, rows_left, i_n, i_b, i_h, num_left, o_x, HV, SIZE)
+    store_flat(b_x, kept, rows_kept, i_n, i_b, i_h, num_kept, o_x, HV, SIZE)
+    if GATE != GATE_NONE:
+        tl.store(through + (i_b * num_pieces + i_n) * HV + i_h, gates, mask=tl.program_id(0) == 0)
+
+
+@triton.jit
+def scores_under_decay(b_P, b_G, num_valid, GATE: tl.constexpr, REVERSE: tl.constexpr):
+    """P_ij for j ≤ i under 2^(G_i − G_j), or for j ≥ i under 2^(G_j − G_i), else 0."""
+    o_r = tl.arange(0, CHUNK)
+    if REVERSE:
+        m_seen = (o_r[:, None] <= o_r[None, :]) & (o_r < num_valid)[None, :]
+    else:
+        m_seen = (o_r[:, None] >= o_r[None, :]) & (o_r < num_valid)[:, None]
+    if GATE != GATE_NONE:
+        b_between = b_G[None, :] - b_G[:, None] if REVERSE else b_G[:, None] - b_G[None, :]
+        b_P *= tl.exp2(tl.where(m_seen, b_between, 0.0))
+    return tl.where(m_seen, b_P, 0.0)
+
+
+@triton.jit(do_not_specialize=["num_rows", "num_spans", "num_late", "scale"])
+def walk_kernel(
+    a, b, c, g, states, late, before, y, cu_spans, piece_of, rows_late, scale, num_rows, num_spans, num_late,
+    HV: tl.constexpr, HA: tl.constexpr, HC: tl.constexpr, D: tl.constexpr, E: tl.constexpr, BLOCK_D: tl.constexpr,
+    BLOCK_E: tl.constexpr, STRIDE_D: tl.constexpr, STRIDE_E: tl.constexpr, GATE: tl.constexpr, REVERSE: tl.constexpr,
+    LATE: tl.constexpr, REACH: tl.constexpr, COMPUTE: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """y [B, T, HV, E]. a, b [B, T, HA, D], c [B, T, HC, E]; states [B, P, HV, ·]: what enters each span, in which row d and
+    column e of S lie STRIDE_D and STRIDE_E apart.
+
+    LATE: add what crossed into late pieces, decayed by the gate's sum ``before`` each span. REACH: which spans to compute, by
+    whether that leaves anything of it (``triton_output.py``).
+    """
+    i_program = tl.program_id(1)
+    i_h = (i_program % HV).to(tl.int64)
+    i_s = (i_program // HV) % num_spans
+    i_b = (i_program // HV // num_spans).to(tl.int64)
+    at = (i_b * num_spans + i_s) * HV + i_h
+    if LATE or REACH != REACH_ALL:
+        i_row = tl.load(rows_late + tl.load(piece_of + i_s))
+    if REACH != REACH_ALL:  # noqa: SIM102 - one is known when compiling
+        if ((i_row >= 0) & (tl.load(before + at) > -FADED_POWERS)) != (REACH == REACH_NEAR):
+            return
+    o_r, o_d, o_e = tl.arange(0, CHUNK), tl.arange(0, BLOCK_D), tl.program_id(0) * BLOCK_E + tl.arange(0, BLOCK_E)
+    m_state = (o_d < D)[:, None] & (o_e < E)[None, :]
+    o_state = o_d[:, None] * STRIDE_D + o_e[None, :] * STRIDE_E
+    b_S = tl.load(states + at * (D * E) + o_state, mask=m_state, other=0.0)
+    if LATE:  # noqa: SIM102 - one is known when compiling
+        if i_row >= 0:
+            b_late = tl.load(late + ((i_b * num_late + i_row) * HV + i_h) * (D * E) + o_state, mask=m_state, other=0.0)
+            if GATE != GATE_NONE:
+                b_late *= tl.exp2(tl.load(before + at))
+            b_S += b_late
+    begin, end = tl.load(cu_spans + i_s), tl.load(cu_spans + i_s + 1)
+    num_steps = tl.cdiv(end - begin, CHUNK)
+    row0 = begin + (num_steps - 1) * CHUNK if REVERSE else begin
+    step: tl.constexpr = -CHUNK if REVERSE else CHUNK
+    first = i_b * num_rows + row0
+    p_a, p_b = a + (first * HA + i_h // (HV // HA)) * D, b + (first * HA + i_h // (HV // HA)) * D
+    p_c, p_y = c + (first * HC + i_h // (HV // HC)) * E, y + (first * HV + i_h) * E
+    for _ in range(num_steps):
+        num_valid = tl.minimum(end - row0, CHUNK)
+        m_row = o_r < num_valid
+        b_a = load_tile(p_a, m_row, o_r, o_d, HA * D, D).to(COMPUTE)
+        b_b = load_tile(p_b, m_row, o_r, o_d, HA * D, D).to(COMPUTE)
+        b_c = load_tile(p_c, m_row, o_r, o_e, HC * E, E)
+        b_P = tl.dot(b_a, tl.trans(b_b), input_precision=PRECISION)
+        b_y = tl.dot(b_a, b_S.to(COMPUTE), input_precision=PRECISION)
+        if GATE == GATE_NONE:
+            b_P = scores_under_decay(b_P, o_r, num_valid, GATE, REVERSE)
+            b_added = (b_c.to(tl.float32) * scale).to(COMPUTE) if REVERSE else b_c.to(COMPUTE)
+            if not REVERSE:
+                b_y *= scale
+        else:
+            b_G, last = row_gate(g, i_b, i_h, row0, num_valid, num_rows, HV, GATE)
+            b_P = scores_under_decay(b_P, b_G, num_valid, GATE, REVERSE)
+            b_out = tl.exp2(last - b_G) if REVERSE else scale * tl.exp2(b_G)
+            b_in = scale * tl.exp2(b_G) if REVERSE else tl.exp2(last - b_G)
+            b_added = (b_c.to(tl.float32) * b_in[:, None]).to(COMPUTE)
+            b_y *= b_out[:, None]
+            b_S *= tl.exp2(last)
+        b_y = tl.dot((scale * b_P).to(COMPUTE), b_c.to(COMPUTE), b_y, input_precision=PRECISION)
+        b_S = tl.dot(tl.trans(b_b), b_added, b_S, input_precision=PRECISION)
+        store_tile(p_y, b_y, m_row, o_r, o_e, HV * E, E)
+        row0 += step
+        p_a += step * HA * D
+        p_b += step * HA * D
+        p_c += step * HC * E
+        p_y += step * HV * E
