@@ -199,12 +199,16 @@ def _augment(q: Tensor, k: Tensor, key_bias: Tensor, scale: float) -> tuple[Tens
     return q, torch.cat([k, torch.stack(parts, -1), zeros], -1)
 
 
+def apply_sink(out: Tensor, lse: Tensor, sink: Tensor) -> Tensor:
+    """out · σ(lse − sink): what a key of logit ``sink`` [H] and value 0 would have left of attention's out [B, S, H, Dv] with
+    lse [B, S, H]. For a layer that gets both, as in ping-pong; ``attention`` takes ``sink`` itself."""
+    return (out * torch.sigmoid(lse - sink.to(lse.dtype)).unsqueeze(-1)).to(out.dtype)
+
+
 def _with_sink(out: Tensor, lse: Tensor, sink: Tensor | None, return_lse: bool) -> Tensor | tuple[Tensor, Tensor]:
-    """out · σ(lse − sink): what a key of logit ``sink`` and value 0 would leave."""
     if sink is not None:
-        logits = sink.to(lse.dtype)
-        out = (out * torch.sigmoid(lse - logits).unsqueeze(-1)).to(out.dtype)
-        lse = torch.logaddexp(lse, logits.expand_as(lse))
+        out = apply_sink(out, lse, sink)
+        lse = torch.logaddexp(lse, sink.to(lse.dtype).expand_as(lse))
     return (out, lse) if return_lse else out
 
 

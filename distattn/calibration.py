@@ -23,13 +23,15 @@ FORMAT = 1
 class KernelRate:
     """Seconds that one backend needs for tiles, per direction and head dimension:
 
-        calls · call_s + max(launches · launch_s, rows · row_s + steps · step_s + pairs · pair_s + cut_pairs · cut_pair_s)
+        calls · call_s + max(launches · launch_s, rows · row_s + vendor_rows · vendor_row_s + steps · step_s + waits · wait_s
+                                                  + pairs · pair_s + cut_pairs · cut_pair_s)
 
     What is counted is described in ``distattn.kernels.workload``. call_s: until the first kernel of a call runs. launch_s: for
     the host to start one kernel or merge, which counts where it takes longer than these do. row_s: for each query row and head
-    that is written or merged. step_s: for each block of keys along the longest row of each launch, which is what waiting for
-    the last of its programs costs. pair_s, cut_pair_s: for each (query, key, head) of blocks that the mask leaves whole, and of
-    those that it cuts. error: largest relative error of these numbers on what was measured.
+    that is merged, or that our own kernels write. vendor_row_s: for each that a vendor's kernel writes. step_s: for each block
+    of keys along the longest row of each launch; 0 where wait_s says what waiting costs: for each block that the busiest
+    processor computes beyond the mean of all. pair_s, cut_pair_s: for each (query, key, head) of blocks that the mask leaves
+    whole, and of those that it cuts. error: largest relative error of these numbers on what was measured.
     """
 
     backend: str
@@ -42,6 +44,13 @@ class KernelRate:
     pair_s: float
     cut_pair_s: float
     error: float = 0.0
+    vendor_row_s: float = 0.0
+    wait_s: float = 0.0
+
+    @property
+    def on_device(self) -> tuple[float, float, float, float, float, float]:
+        """What each of rows, steps, pairs, cut_pairs, vendor_rows and waits takes there."""
+        return self.row_s, self.step_s, self.pair_s, self.cut_pair_s, self.vendor_row_s, self.wait_s
 
 
 @dataclass(frozen=True)

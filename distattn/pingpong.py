@@ -122,8 +122,9 @@ def _own_layout(own: Mask, first: Plan, strategy: str, arguments: dict[str, Any]
 class Phase(nn.Module):
     """From the attention of one layer to that of the next, for all nano-batches: the unit to shard with ``fully_shard``.
 
-    after: ``after(out, *kept, info) -> x``, None in the first phase. before: ``before(x, info) -> (q, k, v, *kept)``, None in
-    the last. run: how what needs no other rank is called; attention is never part of it, so that no checkpointing repeats it.
+    after: ``after(out, *kept, info) -> x``, with attention's lse behind its out if asked for, None in the first phase. before:
+    ``before(x, info) -> (q, k, v, *kept)``, None in the last. run: how what needs no other rank is called; attention is never
+    part of it, so that no checkpointing repeats it.
     """
 
     def __init__(self, after: nn.Module | None, before: nn.Module | None) -> None:
@@ -135,7 +136,7 @@ class Phase(nn.Module):
         """flows: of each nano-batch (x,), or where attention is under way (token, *kept); the same comes out."""
         produced = []
         for i, flow in enumerate(flows):
-            arrived = flow if self.after is None else (calls.finish(i, flow[0]), *flow[1:])
+            arrived = flow if self.after is None else (*calls.finish(i, flow[0]), *flow[1:])
             results = self.run(self._compute, calls.infos[i], *arrived)
             if self.before is not None:
                 calls.begin(i, *results[:3])
@@ -179,14 +180,15 @@ class _Calls:
             tokens.append(handle.token)
         return tokens
 
-    def finish(self, i: int, token: Tensor) -> Tensor:
+    def finish(self, i: int, token: Tensor) -> tuple[Tensor, ...]:
+        """(out,) or (out, lse) of the nano-batch's own rows."""
         handle = self.handles[i]
         assert handle is not None
         handle.token = token
-        out = attention_finish(handle)
+        found = attention_finish(handle)
         self.handles[i] = None
-        assert isinstance(out, Tensor)
-        return out[:, len(self.nano.carried) :] if i == 1 else out
+        skipped = len(self.nano.carried) if i == 1 else 0
+        return tuple(part[:, skipped:] for part in (found if isinstance(found, tuple) else (found,)))
 
 
 class PingPong(nn.Module):
@@ -214,7 +216,8 @@ class PingPong(nn.Module):
         """The last layer's results, of each nano-batch. Collective over the plans' group: ranks without rows call it too.
 
         xs: [B, S_local, …] of each nano-batch, rows as in ``nano.positions``; infos: for its ``before`` and ``after``; options:
-        scale and softcap of ``attention``. Run one ``backward()`` from one root that both results lead to. Raises InputError.
+        scale, softcap and return_lse of ``attention``; the last makes it ``after(out, lse, *kept, info)``, for a sink of the
+        layer's own (``apply_sink``). Run one ``backward()`` from one root that both results lead to. Raises InputError.
         """
         count = len(nano.plans)
         if len(xs) != count or len(infos) != count:
@@ -222,9 +225,12 @@ class PingPong(nn.Module):
         for i, (x, rows) in enumerate(zip(xs, nano.positions, strict=True)):
             if x.ndim < 2 or x.shape[1] != len(rows):
                 raise InputError(f"nano-batch {i}'s x must be [B, {len(rows)}, …], its rows on this rank, got {list(x.shape)}")
-        unknown = sorted(options.keys() - {"scale", "softcap"})
+        unknown = sorted(options.keys() - {"scale", "softcap", "return_lse"})
         if unknown:
-            raise InputError(f"ping-pong takes scale and softcap of attention, not {', '.join(unknown)}")
+            raise InputError(
+                f"ping-pong takes scale, softcap and return_lse of attention, not {', '.join(unknown)}: what differs from "
+                "layer to layer, such as a sink, belongs into its modules"
+            )
         calls = _Calls(nano, infos, options)
         flows = [(x,) for x in xs]
         for phase in self.phases:

@@ -19,7 +19,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from distattn.attention import attention, checkpoint_contexts
+from distattn.attention import apply_sink, attention, checkpoint_contexts
 from distattn.errors import InputError, PlanError, TransportError
 from distattn.mask import Mask
 from distattn.nano_choice import choose_nano_batches
@@ -65,22 +65,38 @@ class After(nn.Module):
         return x + torch.tanh(out.flatten(2) @ self.weight)
 
 
-def make_layers() -> list[tuple[Before, After]]:
-    return [(Before(i), After(i)) for i in range(NUM_LAYERS)]
+class SinkAfter(nn.Module):
+    """With a logit a head that takes weight and gives none."""
+
+    def __init__(self, seed: int) -> None:
+        super().__init__()
+        self.after = After(seed)
+        self.sink = nn.Parameter(torch.linspace(-1.0, 1.5 + seed, HEADS, dtype=torch.double))
+
+    def forward(self, out: Tensor, lse: Tensor, x: Tensor, info: Tensor) -> Tensor:
+        return self.after(apply_sink(out, lse, self.sink), x, info)
 
 
-def weights_of(layers: list[tuple[Before, After]]) -> list[nn.Parameter]:
-    return [part.weight for layer in layers for part in layer]
+Layers = list[tuple[Before, After | SinkAfter]]
+
+
+def make_layers(*, sinks: bool = False) -> Layers:
+    return [(Before(i), SinkAfter(i) if sinks else After(i)) for i in range(NUM_LAYERS)]
+
+
+def weights_of(layers: Layers) -> list[nn.Parameter]:
+    return [weight for layer in layers for part in layer for weight in part.parameters()]
 
 
 @dataclass(frozen=True)
 class Case:
-    """lengths: of documents, () for the mask of that name."""
+    """sinks: every layer has its own."""
 
     name: str
     mask: Mask
     arguments: dict[str, Any]
     at: int | None = None
+    sinks: bool = False
 
 
 def cases(world: int) -> Iterator[Case]:
@@ -105,11 +121,13 @@ def cases(world: int) -> Iterator[Case]:
     yield Case("ring", masks["giant and tiny"], {"strategy": "ring"})
     yield Case("all_gather, kept", masks["one giant"], {"strategy": "all_gather", "backward": "keep"}, at=17)
     yield Case("auto", masks["mixed"], {"strategy": "auto"}, at=30)
+    pool = {"strategy": "disaggregated", "options": DisaggregatedOptions(align=1, servers=min(world - 1, 1))}
+    yield Case("sinks", masks["window"], pool, at=41, sinks=True)
 
 
 def reference(case: Case, x: Tensor, info: Tensor) -> list[Tensor]:
     """Result and gradients (of x and all weights) of the whole stream with dense attention in this process."""
-    layers = make_layers()
+    layers = make_layers(sinks=case.sinks)
     x = x.clone().requires_grad_()
     allowed = torch.from_numpy(case.mask.dense())
     y = x
@@ -117,8 +135,13 @@ def reference(case: Case, x: Tensor, info: Tensor) -> list[Tensor]:
         q, k, v, kept = before(y, info)
         k, v = (part.repeat_interleave(HEADS // KV_HEADS, 2) for part in (k, v))
         scores = torch.einsum("bqhd,bkhd->bhqk", q, k) * HEAD_DIM**-0.5
-        weights = torch.softmax(scores.masked_fill(~allowed, float("-inf")), -1)
-        y = after(torch.einsum("bhqk,bkhd->bqhd", weights, v), kept, info)
+        scores = scores.masked_fill(~allowed, float("-inf"))
+        if isinstance(after, SinkAfter):  # one more key of value 0
+            column = after.sink[None, :, None, None].expand(*scores.shape[:3], 1)
+            weights = torch.softmax(torch.cat([scores, column], -1), -1)[..., :-1]
+            y = after.after(torch.einsum("bhqk,bkhd->bqhd", weights, v), kept, info)
+        else:
+            y = after(torch.einsum("bhqk,bkhd->bqhd", torch.softmax(scores, -1), v), kept, info)
     y.sin().sum().backward()
     assert x.grad is not None
     return [y.detach(), x.grad, *(gradient(w) for w in weights_of(layers))]
@@ -136,12 +159,12 @@ def worst_error(
     group = dist.group.WORLD
     arguments = {**SHAPE, "kernel": "reference", "group": group, **case.arguments}
     nano = NanoBatches.of(plan(case.mask, **arguments)) if whole else cut_in_two(case.mask, at=case.at, **arguments)
-    layers = make_layers()
+    layers = make_layers(sinks=case.sinks)
     stack = PingPong(layers).to(device)
     if recompute:
         stack.set_runner(functools.partial(checkpoint, use_reentrant=False, context_fn=checkpoint_contexts))
     local = [x[:, rows].to(device).clone().requires_grad_() for rows in nano.positions]
-    ys = stack(local, [info[rows].to(device) for rows in nano.positions], nano)
+    ys = stack(local, [info[rows].to(device) for rows in nano.positions], nano, return_lse=case.sinks)
     torch.stack([y.sin().sum() for y in ys]).sum().backward()
     weights = weights_of(layers)
     for weight in weights:
@@ -160,14 +183,13 @@ def run_cases(rank: int, world: int, device: str = "cpu") -> dict[str, float]:
         n = case.mask.num_queries
         x = torch.randn(1 if n > 100 else 2, n, DIM, dtype=torch.double, generator=torch.Generator().manual_seed(n))
         info = torch.linspace(0.5, 1.5, n, dtype=torch.double)
-        if case.mask.digest not in wanted:
-            wanted[case.mask.digest] = reference(case, x, info)
+        known = case.mask.digest, case.sinks
+        if known not in wanted:
+            wanted[known] = reference(case, x, info)
         for whole in (False, True):
             recompute = (i % 2 == 0) == whole
             how = {"whole": whole, "recompute": recompute, "device": device}
-            errors[f"{case.name}, {'alone' if whole else 'in turns'}"] = worst_error(
-                case, x, info, wanted[case.mask.digest], **how
-            )
+            errors[f"{case.name}, {'alone' if whole else 'in turns'}"] = worst_error(case, x, info, wanted[known], **how)
     return errors
 
 
@@ -176,7 +198,7 @@ def run_cases(rank: int, world: int, device: str = "cpu") -> dict[str, float]:
 def test_results_and_gradients_are_exact(world: int) -> None:
     """Masks × servers × what stays for the backward × ping-pong on and off."""
     for rank, errors in enumerate(run_ranks(run_cases, world, timeout_s=300)):
-        assert len(errors) == 2 * len({case.name for case in cases(world)}) >= 2 * (7 * 2 * min(world, 2) + 3)
+        assert len(errors) == 2 * len({case.name for case in cases(world)}) >= 2 * (7 * 2 * min(world, 2) + 4)
         assert {name: error for name, error in errors.items() if not error < TOLERANCE} == {}, f"rank {rank}"
 
 
@@ -300,7 +322,7 @@ def test_wrong_inputs_are_refused() -> None:
     for arguments, options, message in (
         (([x], [x], nano), {}, "there are 2 nano-batches, but 1 inputs and 1 infos"),
         (([x, x], [x, x], nano), {}, r"nano-batch 0's x must be \[B, 5, …\], its rows on this rank, got \[1, 9, 10\]"),
-        (([x[:, :5], x[:, 5:]], [x, x], nano), {"sink": 1}, "takes scale and softcap of attention, not sink"),
+        (([x[:, :5], x[:, 5:]], [x, x], nano), {"sink": 1}, "takes scale, softcap and return_lse of attention, not sink"),
     ):
         with pytest.raises(InputError, match=message):
             stack(*arguments, **options)

@@ -41,13 +41,15 @@ Prices = tuple[kernel_time.Price | None, kernel_time.Price | None]
 @dataclass(frozen=True)
 class Setting:
     """A model on a cluster. hardware: of one GPU, a node being one rank; layer: of one GPU, without transfers; turns: how much
-    longer computing takes in two nano-batches than in one."""
+    longer computing takes in two nano-batches than in one; attention: how much longer it takes in a step than by its kernel's
+    rates."""
 
     model: ModelShape
     hardware: Hardware
     layer: LayerTime
     tolerance: float = 0.05
     turns: float = 1.0
+    attention: float = 1.0
 
     @property
     def heads(self) -> int:
@@ -98,11 +100,17 @@ def packed_by_work(documents: Sequence[int], groups: int, room: float, setting: 
 
 def prices(documents: Sequence[int], setting: Setting) -> Prices:
     """Of attention over such documents, forward and backward, by one GPU."""
-    mask, width = Mask.documents(documents), setting.model.head_dim
+    mask, width, group = Mask.documents(documents), setting.model.head_dim, setting.heads // setting.kv_heads
     forward, backward = (
-        kernel_time.price(mask, setting.hardware, setting.heads, width, backward=back) for back in (False, True)
+        scaled(kernel_time.price(mask, setting.hardware, setting.heads, width, backward=back, group=group), setting.attention)
+        for back in (False, True)
     )
     return forward, backward
+
+
+def scaled(price: kernel_time.Price | None, factor: float) -> kernel_time.Price | None:
+    """A kernel that takes ``factor`` times as long, launches apart."""
+    return price and replace(price, row_s=factor * price.row_s, pair_s=factor * price.pair_s)
 
 
 def group_seconds(documents: Sequence[int], context: int, setting: Setting, prices: Prices) -> tuple[float, float]:

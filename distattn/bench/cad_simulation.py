@@ -1,14 +1,16 @@
 """``distattn bench cad-simulation``: disaggregated attention on 64 to 512 GPUs, beside the speed-ups that its paper reports.
 
-Simulated, and says so: kernels and linear layers as measured on one GPU, links as data sheets say, lengths as drawn from the
-quantiles of the paper's data. The baseline is the paper's: documents packed by work, context parallelism, the best mixture
-of both for every batch. ``cad_model`` says what is counted.
+Simulated, and says so: kernels and linear layers as measured on one GPU, both corrected by what whole steps took on two
+(``cad_calibration``), links as data sheets say, lengths as drawn from the quantiles of the paper's data. The baseline is the
+paper's: documents packed by work, context parallelism, the best mixture of both for every batch. ``cad_model`` says what is
+counted.
 """
 
 from __future__ import annotations
 
 import json
 import statistics
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
@@ -16,13 +18,14 @@ from typing import Annotated, Any
 import numpy as np
 import typer
 
+from distattn.bench.cad_calibration import Fit, calibrate, rated
 from distattn.bench.cad_layers import MODELS, LayerTime
 from distattn.bench.cad_model import RANK_TOKENS, TENSOR_PARALLEL, Setting, baseline_seconds, cad_seconds, prices
 from distattn.bench.cad_pipeline import pipeline_seconds, pipeline_tokens
 from distattn.bench.disaggregation_report import cases, is_measured, slowest, without_transfers
 from distattn.bench.lengths import DISTRIBUTIONS
-from distattn.bench.options import Commit, names
-from distattn.bench.record import Record, environment
+from distattn.bench.options import Commit, names, parts
+from distattn.bench.record import Record, check_settings, environment
 from distattn.errors import ConfigError
 from distattn.kernels.selection import shipped_rates
 from distattn.parallel.hardware import HARDWARE, Hardware
@@ -51,7 +54,13 @@ app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 def main(
     json_path: Annotated[Path, typer.Option("--json", help="Results; cells found there are not simulated again.")],
     layers: Annotated[Path | None, typer.Option(help="What `distattn bench cad-layers` wrote (default: 60 % of peak).")] = None,
-    steps: Annotated[Path | None, typer.Option(help="What `distattn bench disaggregation` wrote: what turns cost.")] = None,
+    steps: Annotated[
+        str, typer.Option(help="What `distattn bench disaggregation` wrote, comma-separated: calibrates; with --whole-layers.")
+    ] = "",
+    whole_layers: Annotated[
+        Path | None,
+        typer.Option(help="What `distattn bench cad-layers --tensor-parallel 1` wrote, where the steps were measured."),
+    ] = None,
     models: Annotated[str, typer.Option(help="8b, 34b (default: both).")] = "",
     kinds: Annotated[str, typer.Option(help="flat, pipeline (default: both).")] = "",
     mixes: Annotated[str, typer.Option(help="pretrain, prolong (default: both).")] = "",
@@ -62,13 +71,17 @@ def main(
     """Simulate step times with and without disaggregated attention."""
     if batches < 1:
         raise ConfigError(f"--batches must be at least 1, got {batches}")
-    hardware = _hardware()
-    measured = "60 % of the data sheet's peak, assumed" if layers is None else str(layers)
-    turns = 1.0 if steps is None else cost_of_turns(steps)
+    files = [Path(name) for name in parts(steps)]
+    if bool(files) != (whole_layers is not None):
+        raise ConfigError("--steps and --whole-layers calibrate together: give both or neither")
+    fit = None if whole_layers is None else calibrate(files, layer_time("8b", whole_layers))
+    turns, hardware = cost_of_turns(files) if files else 1.0, _hardware(fit)
     about = {
-        "simulated": True, "hardware": repr(hardware), "linear_layers": measured, "rank_tokens": RANK_TOKENS,
-        "cost_of_turns": turns, "measured_steps": str(steps or "none"),
+        "simulated": True, "hardware": repr(hardware), "rank_tokens": RANK_TOKENS, "cost_of_turns": turns,
+        "linear_layers": str(layers or "60 % of the data sheet's peak, assumed"), "whole_layers": str(whole_layers or "none"),
+        "measured_steps": steps or "none", "calibration": fit.about() if fit else "none",
     }  # fmt: skip
+    check_settings(json_path, about)
     record = Record(json_path, environment(commit), about)
     for kind in names("kinds", kinds, list(CASES)):
         for model, gpus, context in CASES[kind]:
@@ -77,14 +90,26 @@ def main(
             for mix in names("mixes", mixes, list(MIXES)):
                 key = f"{kind}|{model}|{gpus}|{context}K|{mix}"
                 if key not in record:
-                    setting = Setting(MODELS[model], hardware, layer_time(model, layers), tolerance, turns)
+                    layer, attention = _corrected(layer_time(model, layers), fit)
+                    setting = Setting(MODELS[model], hardware, layer, tolerance, turns, attention)
                     record.add(key, simulate_cell(kind, setting, gpus // TENSOR_PARALLEL, context * 1024, mix, batches))
     print(table(record.results))
+    if fit:
+        print(f"\nCalibrated by measured steps: {fit}")
 
 
-def _hardware() -> Hardware:
-    """One H100 of a node with 8, each with its own 400 Gb/s card; a node is one rank here."""
-    return replace(HARDWARE["h100"], ranks_per_node=1, kernels=shipped_rates().kernels)
+def _corrected(layer: LayerTime, fit: Fit | None) -> tuple[LayerTime, float]:
+    """Linear layers as long as they take in a step, and attention's factor."""
+    if fit is None:
+        return layer, 1.0
+    return LayerTime(fit.linear * layer.forward_s, fit.linear * layer.backward_s), fit.attention
+
+
+def _hardware(fit: Fit | None) -> Hardware:
+    """One H200 of a node with 8, each with its own 400 Gb/s card; a node is one rank here. With the rates of the kernel of the
+    measured steps."""
+    kernels = rated(fit.kernel).kernels if fit else shipped_rates().kernels
+    return replace(HARDWARE["h200"], ranks_per_node=1, kernels=kernels)
 
 
 def layer_time(model: str, path: Path | None) -> LayerTime:
@@ -103,22 +128,31 @@ def layer_time(model: str, path: Path | None) -> LayerTime:
         ) from error
 
 
-def cost_of_turns(path: Path) -> float:
-    """A measured step in two nano-batches over one in one piece without transfers, the median over mixes: kernels of half the
-    size, more launches, what transfers take from the kernels that hide them. ConfigError for another file."""
+def cost_of_turns(paths: Sequence[Path]) -> float:
+    """A measured step in two nano-batches over one in one piece without transfers, the median over cases: kernels of half the
+    size, more launches, what transfers take from the kernels that hide them. ConfigError for other files."""
     try:
-        cells = json.loads(path.read_text())["results"]
-        found = [
-            slowest(cells[f"{case}|disaggregated_ping_pong"]["seconds"]) / without_transfers(cells[f"{case}|disaggregated"])
-            for case in cases(cells)
-            if all(is_measured(cells.get(f"{case}|{name}", {})) for name in ("disaggregated", "disaggregated_ping_pong"))
-        ]
-        return statistics.median(found)
+        pairs = [pair for path in paths for pair in _turns_and_one_piece(json.loads(path.read_text())["results"])]
+        return statistics.median(slowest(two["seconds"]) / without_transfers(one) for two, one in pairs)
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise ConfigError(
-            f"{path} holds no steps with and without ping-pong ({error}): `distattn bench disaggregation --json {path}` "
-            "writes them"
+            f"{', '.join(map(str, paths))}: no steps with and without ping-pong ({error}); `distattn bench disaggregation "
+            "--json FILE` writes them"
         ) from error
+
+
+def _turns_and_one_piece(cells: dict[str, Any]) -> list[tuple[dict[str, Any], dict[str, Any]]]:
+    """Of each case with both: the cells of ping-pong and of disaggregation in one piece, or else of what ``auto`` took if that
+    is one nano-batch."""
+    pairs = []
+    for case in cases(cells):
+        one, auto = (cells.get(f"{case}|{name}", {}) for name in ("disaggregated", "auto"))
+        if not is_measured(one) and is_measured(auto) and len(auto["rows"][0]) == 1:
+            one = auto
+        two = cells.get(f"{case}|disaggregated_ping_pong", {})
+        if is_measured(one) and is_measured(two):
+            pairs.append((two, one))
+    return pairs
 
 
 def draw_batch(mix: str, context: int, tokens: int, seed: int) -> list[int]:

@@ -1,6 +1,6 @@
 """Measure this machine, so that choices and predictions rest on it: ``distattn bench calibrate``.
 
-    distattn bench calibrate --only kernels          seconds of each attention kernel by launches, rows, steps and blocks
+    distattn bench calibrate --only kernels          seconds of each attention kernel by launches, rows, blocks and waits
 
 Kernels: each backend is timed on masks whose launches, rows and blocks differ; the numbers of a ``KernelRate`` are the
 non-negative ones that fit these times with the least relative error. How far each time is from the fit is kept as a
@@ -36,6 +36,11 @@ MASKS = (
     "block_causal_document", "global_sliding_window", "share_question", "prefix_lm_document",
 )  # fmt: skip
 CELL_SECONDS = 60
+MAX_CALL_S = 3e-4
+"""Of the host, until the first kernel of a call runs. Cells that all take longer say nothing of it, and would take it for a
+cost that does not grow with the heads."""
+TERMS = ("call_s", "launch_s", "row_s", "step_s", "pair_s", "cut_pair_s", "vendor_row_s", "wait_s")
+"""The numbers of a ``KernelRate`` that ``Work.terms`` multiply."""
 FEW_LAUNCHES = 4
 HOST_BOUND = 1.1
 """A cell of many launches that takes this much longer than its work says may wait for the host,"""
@@ -152,45 +157,54 @@ def fit_all(times: dict[tuple[str, int], list[tuple[dict[str, Work], float, floa
                 amounts = np.array([work.terms(backward=backward) for work, *_ in own])
                 seconds = np.array([ms[backward] for _, *ms in own]) / 1e3
                 numbers, error = fit(amounts, seconds)
-                rates.append(KernelRate(name, backward, head_dim, *numbers, error=error))
+                rates.append(KernelRate(name, backward, head_dim, **dict(zip(TERMS, numbers)), error=error))
     return tuple(rates)
 
 
 def fit(amounts: np.ndarray, seconds: np.ndarray) -> tuple[list[float], float]:
-    """The numbers of a ``KernelRate``, from amounts [n, 6] (``Work.terms``) and seconds
-    [n]; and their largest error.
+    """The numbers of a ``KernelRate``, from amounts [n, 8] (``Work.terms``) and seconds
+    [n]; and their largest error. Waits take the place of steps, which are 0 in it.
 
     Cells of few launches give the device's numbers. Cells of many that take longer than these say, but not longer for a launch
     than others, wait for the host, and give its time for a launch; all others then give the device's numbers once more.
     """
     calls, launches = amounts[:, 0], amounts[:, 1]
     device = np.delete(amounts, 1, axis=1)
+    device[:, TERMS.index("step_s") - 1] = 0
     many = launches > FEW_LAUNCHES * calls
-    numbers = non_negative_fit(device[~many], seconds[~many]) if (~many).any() else np.zeros(device.shape[1])
+    numbers = _of_device(device[~many], seconds[~many]) if (~many).any() else np.zeros(device.shape[1])
     a_launch = np.where(many, (seconds - calls * numbers[0]) / np.maximum(launches, 1), np.inf)
     waiting = (seconds > HOST_BOUND * (device @ numbers)) & many & (a_launch <= HOST_SPREAD * a_launch.min())
     launch_s = float(np.median(a_launch[waiting])) if waiting.any() else 0.0
     if (~waiting).any():
-        numbers = non_negative_fit(device[~waiting], seconds[~waiting])
+        numbers = _of_device(device[~waiting], seconds[~waiting])
     call_s, *rest = numbers.tolist()
     predicted = calls * call_s + np.maximum(launches * launch_s, device[:, 1:] @ numbers[1:])
     return [call_s, launch_s, *rest], float(np.abs(predicted / seconds - 1).max())
 
 
-def non_negative_fit(amounts: np.ndarray, seconds: np.ndarray) -> np.ndarray:
-    """Non-negative x that bring amounts [n, c] · x nearest to seconds [n], by relative error.
+def _of_device(amounts: np.ndarray, seconds: np.ndarray) -> np.ndarray:
+    """What amounts [n, c], of which the first counts calls, take each: float64 [c]."""
+    numbers = non_negative_fit(amounts, seconds, seconds)
+    if numbers[0] <= MAX_CALL_S:
+        return numbers
+    return np.append(MAX_CALL_S, non_negative_fit(amounts[:, 1:], seconds - MAX_CALL_S * amounts[:, 0], seconds))
+
+
+def non_negative_fit(amounts: np.ndarray, seconds: np.ndarray, scale: np.ndarray) -> np.ndarray:
+    """Non-negative x that bring amounts [n, c] · x nearest to seconds [n], by error relative to scale [n].
 
     Few columns have few supports, and the best non-negative solution is the least-squares one on some support.
     """
-    rows = amounts / seconds[:, None]
+    rows, wanted = amounts / scale[:, None], seconds / scale
     size = np.maximum(np.abs(rows).max(0), 1e-300)  # columns of like size, so that the solutions are accurate
     best, least = np.zeros(rows.shape[1]), np.inf
     for support in itertools.product((False, True), repeat=rows.shape[1]):
         columns = np.flatnonzero(support)
         if not len(columns) or not rows[:, columns].any(0).all():
             continue  # times say nothing of an amount that is 0 in all of them
-        solution = np.linalg.lstsq(rows[:, columns] / size[columns], np.ones(len(rows)), rcond=None)[0]
-        misfit = float(np.square(rows[:, columns] / size[columns] @ solution - 1).sum())
+        solution = np.linalg.lstsq(rows[:, columns] / size[columns], wanted, rcond=None)[0]
+        misfit = float(np.square(rows[:, columns] / size[columns] @ solution - wanted).sum())
         if (solution >= 0).all() and misfit < least:
             best, least = np.zeros(rows.shape[1]), misfit
             best[columns] = solution / size[columns]
@@ -222,12 +236,13 @@ def _versions(here: dict[str, str | None]) -> dict[str, str | None]:
 
 
 def _table(rates: Sequence[KernelRate]) -> str:
-    titles = ("call µs", "launch µs", "row ns", "step µs", "TFLOP/s", "cut", "worst fit")
+    titles = ("call µs", "launch µs", "row ns", "vendor's", "wait µs", "TFLOP/s", "cut", "worst fit")
     lines = [f"{'kernel':28s}" + "".join(f"{title:>11s}" for title in titles)]
     for x in rates:
         flops = (10 if x.backward else 4) * x.head_dim
         whole, cut = (f"{flops / s / 1e12:.0f}" if s else "–" for s in (x.pair_s, x.cut_pair_s))
         name = f"{x.backend} D{x.head_dim} {'backward' if x.backward else 'forward'}"
-        times = "".join(f"{s:11.2f}" for s in (x.call_s * 1e6, x.launch_s * 1e6, x.row_s * 1e9, x.step_s * 1e6))
+        numbers = (x.call_s * 1e6, x.launch_s * 1e6, x.row_s * 1e9, x.vendor_row_s * 1e9, x.wait_s * 1e6)
+        times = "".join(f"{s:11.2f}" for s in numbers)
         lines.append(f"{name:28s}{times}{whole:>11s}{cut:>11s}{x.error:>11.1%}")
     return "\n".join(lines)

@@ -223,7 +223,8 @@ def plot(report: Report, path: Path) -> None:
     """A bar for each engine and case: the share of the ideal."""
     from matplotlib.figure import Figure
 
-    cases, engines = report.cases(), [engine for engine in report.engines() if engine != IDEAL]
+    cases = report.cases()
+    engines = [name for name in report.engines() if name != IDEAL and any(report.efficiency(case, name) for case in cases)]
     figure = Figure(figsize=(max(8.0, 1.1 * len(cases)), 4.5), layout="constrained")
     axes = figure.add_subplot()
     for i, engine in enumerate(engines):

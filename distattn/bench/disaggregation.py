@@ -21,7 +21,7 @@ import distattn
 from distattn.bench.disaggregation_cases import MIXES, SHAPES, engine_names, make_lengths
 from distattn.bench.disaggregation_report import plot, table
 from distattn.bench.options import Commit, parts
-from distattn.bench.record import environment
+from distattn.bench.record import check_settings, environment
 from distattn.errors import ConfigError
 from distattn.launchers.local import launch_local
 from distattn.parallel.transport.choice import TRANSPORTS
@@ -61,19 +61,13 @@ def disaggregation_command(
             raise ConfigError(f"--transport is {transport!r}: choose one of auto, {', '.join(TRANSPORTS)}")
         if min(layers, ranks, repeats) < 1:
             raise ConfigError(f"--layers={layers}, --ranks={ranks} and --repeats={repeats} must be at least 1")
-        place = {
-            **environment(commit),
-            "ranks": ranks,
-            "shape": shape,
-            "layers": layers,
-            "kernel": kernel,
-            "transport": transport,
-        }
+        settings = {"ranks": ranks, "shape": shape, "layers": layers, "kernel": kernel, "transport": transport}
+        check_settings(json_path, settings)
         status = _launch(
             ranks,
             {
                 "results": str(json_path.resolve()),
-                "environment": place,
+                "environment": {**environment(commit), **settings},
                 "device": device,
                 "shape": shape,
                 "kernel": kernel,

@@ -42,16 +42,16 @@ def computed(cell: Mapping[str, Any]) -> list[float]:
 
 
 def exposed(cell: Mapping[str, Any]) -> float:
-    """Seconds that the rank with the most work waits for transfers: others wait for it, too. Where waits were not measured, the
-    step's with transfers less those without."""
+    """Seconds that the step lasts beyond the work of its busiest rank, median over repeats: waits of which no other rank's work
+    is the reason. Where waits were not measured, the step's with transfers less those without."""
     if "waited_seconds" not in cell:
         return slowest(cell["seconds"]) - slowest(cell["silent_seconds"])
-    work = computed(cell)
-    return statistics.median(cell["waited_seconds"][work.index(max(work))])
+    repeats = zip(zip(*cell["seconds"], strict=True), zip(*cell["waited_seconds"], strict=True), strict=True)
+    return statistics.median(max(times) - max(t - w for t, w in zip(times, waits, strict=True)) for times, waits in repeats)
 
 
 def without_transfers(cell: Mapping[str, Any]) -> float:
-    """Seconds of the same step without transfers, as measured, or else of its busiest rank less what that waits for them."""
+    """Seconds of the same step without transfers, as measured, or else what its busiest rank computes."""
     return slowest(cell["silent_seconds"]) if "silent_seconds" in cell else max(computed(cell))
 
 
@@ -129,7 +129,7 @@ def _line(name: str, cell: Mapping[str, Any]) -> str:
 
 def table(cells: Cells) -> str:
     """A line for each cell, and for each case what ours gains over each way to do without it. ±: standard errors; waits: what
-    the busiest rank waits for transfers; cost: what transfers cost in all."""
+    the step lasts beyond its busiest rank's work; cost: what transfers cost in all."""
     columns = {"step ms": 10, "±": 6, "waits ms": 9, "cost ms": 8, "imbalance": 11, "most rows": 11, "GB sent": 9, "peak GB": 9}
     lines = [f"{'tokens a rank, mix, engine':52s}" + "".join(f"{name:>{width}s}" for name, width in columns.items())]
     lines += [_line(key.replace("|", " "), cell) for key, cell in cells.items()]
@@ -152,41 +152,64 @@ def table(cells: Cells) -> str:
 
 
 def plot(cells: Cells, environment: Mapping[str, Any], path: Path) -> None:
-    """Step times by engine and case, over that of ours; the part that transfers cost is drawn lighter on top."""
+    """Step times by case and engine over that of ours, of what was measured; what waits for transfers is drawn pale on top, and
+    a line beside data parallelism marks what its imbalance allows."""
     from matplotlib.figure import Figure
 
-    shown = [engine for engine in engines(cells) if not engine.startswith("wlb_cp")]
-    if any(best_wlb(cells, case) for case in cases(cells)):
-        shown.insert(min(3, len(shown)), "wlb")
     drawn = [case for case in cases(cells) if speedups(cells, case)]
-    figure = Figure(figsize=(max(7.0, 2.2 * len(drawn)), 4.2), layout="constrained")
+    bars = {case: _bars(cells, case) for case in drawn}
+    names = [name for name in dict.fromkeys((*OURS, *engines(cells))) if any(name in bars[case] for case in drawn)]
+    labels = {name: "wlb, best group size" if name.startswith("wlb_cp") else name.replace("_", " ") for name in names}
+    kinds = list(dict.fromkeys(labels.values()))
+    figure = Figure(
+        figsize=(max(7.0, 0.5 + 0.36 * sum(len(found) + 1.2 for found in bars.values())), 4.2), layout="constrained"
+    )
     axes = figure.add_subplot()
-    for i, engine in enumerate(shown):
-        places, computed, waited = [], [], []
-        for x, case in enumerate(drawn):
-            name = best_wlb(cells, case) if engine == "wlb" else engine
-            cell = cells.get(f"{case}|{name}", {})
-            if not is_measured(cell):
-                continue
-            unit = slowest(cells[f"{case}|{ours(cells, case)}"]["seconds"])
-            places.append(x + 0.86 * (i + 0.5) / len(shown) - 0.43)
-            waited.append(max(exposed(cell), 0.0) / unit)
-            computed.append(slowest(cell["seconds"]) / unit - waited[-1])
-        label = "wlb, best group size" if engine == "wlb" else engine.replace("_", " ")
-        bars = axes.bar(places, computed, 0.8 / max(len(shown), 1), label=label, color=f"C{i}")
-        if len(bars):
-            axes.bar(places, waited, 0.8 / len(shown), bottom=computed, color=f"C{i}", alpha=0.4)
-    axes.axhline(1.0, color="black", linewidth=0.8)
-    names = []
+    ticks, x = [], 0.0
     for case in drawn:
-        tokens, mix = case.split("|")
-        names.append(f"{mix.replace('_', ' ')}\n{int(tokens):,} tokens a rank")
-    axes.set_xticks(range(len(drawn)), names, fontsize=8)
+        found = bars[case]
+        ticks.append(x + (len(found) - 1) / 2)
+        for name in names:
+            if name not in found:
+                continue
+            step, waits = found[name]
+            color = f"C{kinds.index(labels[name])}"
+            axes.bar(x, step - waits, 0.9, color=color)
+            axes.bar(x, waits, 0.9, bottom=step - waits, color=color, alpha=0.4)
+            if name == "data_parallel":
+                allowed = imbalance(cells[f"{case}|{name}"])
+                axes.plot([x - 0.6, x + 0.6], [allowed, allowed], color="black", linewidth=1.5)
+            x += 1
+        x += 1.2
+    axes.axhline(1.0, color="black", linewidth=0.8)
+    axes.set_xticks(ticks, [_title(case) for case in drawn], fontsize=8)
     units = {(ours(cells, case) or "").replace("_", " ") for case in drawn}
     axes.set_ylabel(f"step time over that of {' or '.join(sorted(units))}")
-    place = f"{environment['ranks']} × {environment['device']}, {environment['layers']} layers of {environment['shape']}"
-    axes.set_title(f"{place}; pale: exposed transfers", fontsize=10)
-    axes.legend(fontsize=7, ncols=3, loc="upper left")
-    axes.set_xlim(-0.55, max(len(drawn), 1) - 0.45)
+    layers = f"{environment['layers']} layer{'s' if environment['layers'] != 1 else ''}"
+    place = f"{environment['ranks']} × {environment['device']}, {layers} of {environment['shape']}"
+    axes.set_title(f"{place}\npale: waits for transfers; thick line: what data parallelism's imbalance allows", fontsize=9)
+    axes.legend([_patch(f"C{i}") for i in range(len(kinds))], kinds, fontsize=7, ncols=4, loc="upper left")
     axes.set_ylim(0, 1.25 * axes.get_ylim()[1])
     figure.savefig(path, dpi=150)
+
+
+def _bars(cells: Cells, case: str) -> dict[str, tuple[float, float]]:
+    """Step and waits over the step of ours, by engine; of the packings by work the fastest."""
+    unit, wlb = slowest(cells[f"{case}|{ours(cells, case)}"]["seconds"]), best_wlb(cells, case)
+    found = {}
+    for engine in engines(cells):
+        cell = cells.get(f"{case}|{engine}", {})
+        if is_measured(cell) and (not engine.startswith("wlb_cp") or engine == wlb):
+            found[engine] = slowest(cell["seconds"]) / unit, max(exposed(cell), 0.0) / unit
+    return found
+
+
+def _title(case: str) -> str:
+    tokens, mix = case.split("|")
+    return f"{mix.replace('_', ' ')}\n{int(tokens):,} tokens a rank"
+
+
+def _patch(color: str) -> Any:
+    from matplotlib.patches import Patch
+
+    return Patch(color=color)

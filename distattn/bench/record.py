@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import subprocess
+from collections.abc import Mapping
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -30,6 +31,21 @@ def environment(commit: str = "") -> dict[str, str | None]:
         "cudnn": str(torch.backends.cudnn.version()) if on_gpu else None,
         **{name: _version(name) for name in PACKAGES},
     }
+
+
+def check_settings(path: Path, settings: Mapping[str, Any]) -> None:
+    """ConfigError where ``path`` holds entries that were made under other settings: values at its top or in its environment."""
+    try:
+        before = json.loads(path.read_text()) if path.exists() else {}
+        found = {**before.get("environment", {}), **before}
+    except (OSError, ValueError, TypeError, AttributeError) as error:
+        raise ConfigError(f"{path} holds no benchmark results ({error}): give another file, or delete it") from error
+    for name, value in settings.items():
+        if before.get("results") and found.get(name) != value:
+            raise ConfigError(
+                f"{path} has results with {name} = {found.get(name)!r}, and this run would add some with {value!r}: "
+                "give another file, or delete it"
+            )
 
 
 class Record:

@@ -146,8 +146,8 @@ def predicted_seconds(work: Mapping[str, Work], rates: Rates, *, backward: bool,
             return None
         # Wider heads than those measured: everything but the host's work grows with the width.
         wider = max(1.0, width / rate.head_dim)
-        calls, launches, rows, steps, pairs, cut_pairs = amount.terms(backward=backward)
-        device_s = rows * rate.row_s + steps * rate.step_s + pairs * rate.pair_s + cut_pairs * rate.cut_pair_s
+        calls, launches, *on_device = amount.terms(backward=backward)
+        device_s = float(np.dot(on_device, rate.on_device))
         launch_s = max(rate.launch_s, LEAST_LAUNCH_S) if launches > max(calls, 1) else rate.launch_s
         total += calls * rate.call_s + max(launches * launch_s, wider * device_s)
     return total

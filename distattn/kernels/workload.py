@@ -3,7 +3,8 @@
     tiles ─▶ rectangles, a launch or several ─▶ Work ─▶ seconds, with a ``distattn.calibration.KernelRate``
 
 Pairs are counted in blocks of 128 × 128, since kernels compute whole blocks: those that a mask leaves whole, and the dearer
-ones that it cuts. At its end each launch waits for its longest row or column of blocks: launches of few rows waste most.
+ones that it cuts. A program takes a row of blocks, or a column; where few programs have much of the work, or there are few,
+some processors compute while the others wait: a launch takes as long as its busiest one.
 """
 
 from __future__ import annotations
@@ -19,8 +20,13 @@ from distattn.kernels.tiles import Piece, clip_tiles, decompose, windows
 
 BLOCK = 128
 WHOLE_GROUPS = ("triton", "hopper")
-"""Backends whose programs for dk and dv go over all query heads of their KV head."""
+"""Backends whose programs for dk and dv go over all query heads of their KV head, and others compute dq."""
 
+SHARE_OF_DQ = 3 / 7
+"""Of the matrix products in their backward."""
+
+PROCESSORS = 132
+"""Of an H100 or H200."""
 
 FINISHED_ROW = 0.25
 """What a row costs whose finished result is merged into another, against one that goes through a carry in fp32: the bytes of
@@ -33,7 +39,9 @@ class Work(NamedTuple):
     calls of a backend; launches of its kernel; merges of their results, in the forward; rows that are written or merged, but
     for those that a vendor's kernel writes itself; row_steps, column_steps: blocks along each launch's longest row, and
     longest column, of blocks, for as many heads as one program computes; pairs, cut_pairs: (query, key) pairs in whole blocks,
-    and in blocks that a bound or an edge cuts.
+    and in blocks that a bound or an edge cuts; vendor_rows: rows that a vendor's kernel writes itself; row_waits, column_waits:
+    blocks that the busiest processor computes beyond the mean of all, where programs take rows, and where they take columns,
+    summed over launches.
     """
 
     calls: float
@@ -44,20 +52,24 @@ class Work(NamedTuple):
     column_steps: float
     pairs: float
     cut_pairs: float
+    vendor_rows: float = 0.0
+    row_waits: float = 0.0
+    column_waits: float = 0.0
 
     def __add__(self, other: object) -> Work:
         assert isinstance(other, Work)
         return Work(*(a + b for a, b in zip(self, other)))
 
-    def terms(self, *, backward: bool) -> tuple[float, float, float, float, float, float]:
-        """What the numbers of a ``KernelRate`` multiply: calls, launches, rows, steps, pairs, cut_pairs.
+    def terms(self, *, backward: bool) -> tuple[float, float, float, float, float, float, float, float]:
+        """What the numbers of a ``KernelRate`` multiply: calls, launches, rows, steps, pairs, cut_pairs, vendor_rows, waits.
 
         Merging a result costs the host about as much as launching its kernel. The forward works along rows; gradients of keys
         wait for the longest column, the longer one where tiles share keys.
         """
         launches = self.launches if backward else self.launches + self.merges
         steps = max(self.row_steps, self.column_steps) if backward else self.row_steps
-        return self.calls, launches, self.rows, steps, self.pairs, self.cut_pairs
+        waits = self.column_waits if backward else self.row_waits
+        return self.calls, launches, self.rows, steps, self.pairs, self.cut_pairs, self.vendor_rows, waits
 
 
 NOTHING = Work(0, 0, 0, 0, 0, 0, 0, 0)
@@ -78,11 +90,12 @@ def work_of(backend: str, tables: Sequence[np.ndarray], *, group: int = 1) -> di
             several = len(tables) > 1 and not (finished and i == 0)
             merged = several or _share_rows([x for launches in parts.values() for x in launches])
         for kernel, launches in parts.items():
-            work = count(launches, merged)
+            work = count(launches, merged, group=group if kernel in WHOLE_GROUPS else 1)
             if finished:
                 work = work._replace(rows=work.rows * FINISHED_ROW)
             if kernel in WHOLE_GROUPS:
-                work = work._replace(column_steps=work.column_steps * group)
+                waits = SHARE_OF_DQ * work.row_waits + (1 - SHARE_OF_DQ) * work.column_waits
+                work = work._replace(column_waits=waits)
             found[kernel] = found.get(kernel, NOTHING) + work
     return found
 
@@ -100,10 +113,11 @@ def _share_rows(launches: Sequence[np.ndarray]) -> bool:
     return int(_covered_rows(tiles, np.zeros(len(tiles), np.int64)).sum()) < int((tiles[:, T_Q1] - tiles[:, T_Q0]).sum())
 
 
-def count(launches: Sequence[np.ndarray], merged: bool | None = None) -> Work:
+def count(launches: Sequence[np.ndarray], merged: bool | None = None, *, group: int = 1) -> Work:
     """Work of one call that makes these launches, each a table of clipped rectangles int64 [N, 9].
 
-    merged: whether results of launches are merged in further kernels, or None where the kernel itself writes all there is.
+    merged: whether results of launches are merged in further kernels, or None where our own kernel writes all there is.
+    group: heads that a program goes over which takes a column.
     """
     launches = [x for x in launches if len(x)]
     if not launches:
@@ -112,11 +126,14 @@ def count(launches: Sequence[np.ndarray], merged: bool | None = None) -> Work:
     of_launch = np.repeat(np.arange(len(launches)), [len(x) for x in launches])
     heads = tiles[:, T_H1] - tiles[:, T_H0]
     tile, _, blocks, whole = _rows_of_blocks(tiles)
-    rows = (_covered_rows(tiles, of_launch) * heads).sum()
+    rows = float((_covered_rows(tiles, of_launch) * heads).sum())
     pairs, cut_pairs = ((x * heads[tile]).sum() * BLOCK**2 for x in (whole, blocks - whole))
-    num_merges, num_rows = len(launches) * bool(merged), 0.0 if merged is False else float(rows)
-    steps, columns = (_longest(x, of_launch) for x in (tiles, _transposed(tiles)))
-    return Work(1, len(launches), num_merges, num_rows, steps, columns, float(pairs), float(cut_pairs))
+    num_merges, num_rows = len(launches) * bool(merged), 0.0 if merged is False else rows
+    vendor_rows = 0.0 if merged is None else rows
+    steps, row_waits = _programs(tiles, of_launch, 1)
+    columns, column_waits = _programs(_transposed(tiles), of_launch, group)
+    sums = num_rows, steps, columns, float(pairs), float(cut_pairs), vendor_rows, row_waits, column_waits
+    return Work(1, len(launches), num_merges, *sums)
 
 
 def _rows_of_blocks(tiles: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
@@ -133,15 +150,31 @@ def _rows_of_blocks(tiles: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarr
     return tile, first, blocks, np.where(last - first == BLOCK - 1, np.maximum(by_all, 0) // BLOCK, 0)
 
 
-def _longest(tiles: np.ndarray, of_launch: np.ndarray) -> float:
-    """Most key blocks that a block of queries sees, over all tiles of its launch and heads; summed over launches."""
+def _programs(tiles: np.ndarray, of_launch: np.ndarray, group: int) -> tuple[float, float]:
+    """(most key blocks of a program, blocks of the busiest processor beyond the mean of all), each summed over launches.
+
+    A program computes what a block of queries sees, over all tiles of its launch, for ``group`` heads; the longest begin first.
+    With P processors none is done before k programs are that are no shorter than the one in place (k − 1)·P + 1.
+    """
     tile, first, blocks, _ = _rows_of_blocks(tiles)
     heads, rows = int(tiles[:, T_H0].max(initial=0)) + 1, int(first.max(initial=0)) // BLOCK + 1
     places, index = np.unique((of_launch[tile] * heads + tiles[tile, T_H0]) * rows + first // BLOCK, return_inverse=True)
-    together = np.bincount(index, weights=blocks)
-    longest = np.zeros(int(of_launch.max()) + 1)
-    np.maximum.at(longest, places // (heads * rows), together)
-    return float(longest.sum())
+    length = np.bincount(index, weights=blocks) * group
+    num = np.zeros(len(places))  # programs that are alike, one for each head or group of them
+    np.maximum.at(num, index, np.maximum((tiles[:, T_H1] - tiles[:, T_H0])[tile] / group, 1))
+    launch = places // (heads * rows)
+    order = np.lexsort((-length, launch))
+    launch, length, num = launch[order], length[order], num[order]
+    stop = np.cumsum(num)
+    stop -= np.append(0, stop)[np.searchsorted(launch, launch)]
+    last_wave = np.ceil(stop / PROCESSORS)
+    begins_one = (last_wave - 1) * PROCESSORS >= stop - num
+    num_launches = int(of_launch.max()) + 1
+    longest, busiest = np.zeros(num_launches), np.zeros(num_launches)
+    np.maximum.at(longest, launch, length)
+    np.maximum.at(busiest, launch, np.where(begins_one, last_wave * length, 0))
+    mean = np.bincount(launch, weights=length * num, minlength=num_launches) / PROCESSORS
+    return float(longest.sum()), float(np.maximum(busiest - mean, 0).sum())
 
 
 def _transposed(tiles: np.ndarray) -> np.ndarray:

@@ -40,7 +40,7 @@ if TYPE_CHECKING:
 class Price:
     """Of one backend on one mask, in seconds: each call, each query row and head of a call, each allowed pair and head.
 
-    The last includes what each launch waits for its longest row.
+    The last includes what each launch waits at its end, and the rows that vendors' kernels write.
     """
 
     backend: str
@@ -86,8 +86,7 @@ def _price(mask: Mask, hardware: Hardware, heads: int, width: int, *, backward: 
     for kernel, amount in work.items():
         of_kernel = rates.find(kernel, backward, width)
         if of_kernel is not None:
-            in_pairs += amount.pairs * of_kernel.pair_s + amount.cut_pairs * of_kernel.cut_pair_s
-            in_pairs += amount.terms(backward=backward)[3] * of_kernel.step_s
+            in_pairs += float(np.dot(amount.terms(backward=backward)[3:], of_kernel.on_device[1:]))
     wider = max(1.0, width / rate.head_dim)
     area = mask.area * heads
     return Price(backend, rate.call_s, wider * rate.row_s, wider * in_pairs / area if area else 0.0)

@@ -329,8 +329,8 @@ def test_a_cell_that_takes_too_long_says_where_it_was(tmp_path: Path) -> None:
 
 RESULTS = Path(__file__).parents[2] / "benchmarks" / "results"
 MEASURED = (
-    "context-h200-8k-peers-x2.json",
-    "context-h200-flex-x2.json",
+    "context-h200-8k-x2.json",
+    "context-h200-64k-flex-x2.json",
     "context-h200-targets-causal-x2.json",
     "context-h200-targets-documents-x2.json",
     "context-h200-before-8k-x2.json",

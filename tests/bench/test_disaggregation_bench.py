@@ -134,9 +134,11 @@ def test_the_table_compares_slowest_ranks(tmp_path: Path) -> None:
     assert (tmp_path / "steps.png").stat().st_size > 10_000
 
 
-def test_what_the_busiest_rank_waits_is_exposed_and_what_others_wait_for_it_is_not() -> None:
+def test_what_a_step_lasts_beyond_its_busiest_rank_is_exposed() -> None:
+    """The second rank works longer, waits 0.25 s itself, and ends first: the first waits for it and then for what it sent."""
     busiest_second = {**cell(2.0, (1.75, 0.25)), "seconds": [[2.0, 2.2, 2.1], [1.9, 2.1, 2.0]]}
-    assert exposed(busiest_second) == 0.25
+    assert exposed(busiest_second) == pytest.approx(0.35)
+    assert exposed({**busiest_second, "waited_seconds": [[1.75] * 3, [0.0] * 3]}) == pytest.approx(0.1)
     assert uncertainty(busiest_second) == pytest.approx(0.1 / 3**0.5)
     noisy = {"64|giant|auto": busiest_second, "64|giant|ring": {**busiest_second, "seconds": [[4.0, 4.0, 4.0]] * 2}}
     assert ratio_error(noisy, "64|giant", "ring") == pytest.approx(4.0 / 2.1 * (0.1 / 3**0.5 / 2.1))
@@ -173,3 +175,5 @@ def test_a_run_on_two_ranks_measures_and_checks(tmp_path: Path, capsys: pytest.C
     with pytest.raises(SystemExit, match="0"):
         app(["--json", str(results), "--only-report"])
     assert capsys.readouterr().out in done.stdout
+    with pytest.raises(ConfigError, match="has results with layers = 2, and this run would add some with 3"):
+        app([*command[5:], "--layers", "3"], standalone_mode=False)

@@ -13,7 +13,7 @@ from distattn.kernels.softmax import hopper_backend, triton_worklist
 from distattn.kernels.tiles import UNBOUNDED
 from tests.gpu.test_triton_cuda import ALL_CASES, assert_within_twice_plain_torch
 from tests.kernels.extras_cases import run_whole, with_extras
-from tests.kernels.oracle import Sizes, problem, run, table
+from tests.kernels.oracle import Sizes, nan_filled, problem, run, table
 from tests.kernels.test_triton import spoiled
 
 pytestmark = pytest.mark.gpu
@@ -83,6 +83,15 @@ def test_rows_that_no_tile_holds_may_be_nan(name: str, whole: bool, backend: Bac
     # Rows of q and do that are NaN have gradients that nobody asks for; keys and values take no part in them.
     assert torch.equal(got.lse, want.lse)
     assert torch.equal(got.out, want.out)
+
+
+@pytest.mark.parametrize("whole", [False, True], ids=["carried", "whole"])
+@pytest.mark.parametrize("name", ["slots", "rows_without_keys", "nothing_at_all"])
+def test_outputs_may_begin_as_nan(name: str, whole: bool, backend: Backend) -> None:
+    p = problem(*ALL_CASES[name], head_dim=64, batch=2, dtype=BF16, device="cuda", lse_gradient=True)
+    with nan_filled():
+        got = (run_whole if whole else run)(backend, p)
+    assert_within_twice_plain_torch(got, p)
 
 
 @pytest.mark.parametrize("offset", [0, 1])

@@ -14,7 +14,7 @@ from distattn.kernels.protocol import Backend, Carry
 from distattn.kernels.softmax.triton_backend import LaunchConfig, LaunchConfigs, TritonBackend
 from distattn.kernels.tiles import UNBOUNDED
 from tests.kernels.extras_cases import EXTRAS_CASES, run_whole, with_extras
-from tests.kernels.oracle import CASES, ODD, Problem, Result, Sizes, oracle, problem, relative_error, run, table
+from tests.kernels.oracle import CASES, ODD, Problem, Result, Sizes, nan_filled, oracle, problem, relative_error, run, table
 from tests.kernels.test_triton import plain_torch
 
 pytestmark = pytest.mark.gpu
@@ -125,6 +125,15 @@ def test_fp32_products_keep_24_bits(head_dim: int, value_dim: int, backend: Back
     got, want = run(backend, p), oracle(p)
     for field in fields(Result):
         assert relative_error(getattr(got, field.name), getattr(want, field.name)) <= 3e-6, field.name
+
+
+@pytest.mark.parametrize("whole", [False, True], ids=["carried", "whole"])
+@pytest.mark.parametrize("name", ["slots", "rows_without_keys", "nothing_at_all"])
+def test_outputs_may_begin_as_nan(name: str, whole: bool, backend: Backend) -> None:
+    p = problem(*ALL_CASES[name], head_dim=64, batch=2, dtype=BF16, device="cuda", lse_gradient=True)
+    with nan_filled():
+        got = (run_whole if whole else run)(backend, p)
+    assert_within_twice_plain_torch(got, p)
 
 
 def test_slices_of_nan_filled_buffers(backend: Backend) -> None:

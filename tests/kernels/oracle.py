@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -234,6 +236,17 @@ ODD: dict[str, tuple[np.ndarray, Sizes]] = {
         Sizes(130, 130, 3, 2, 2),
     ),
 }
+
+
+@contextmanager
+def nan_filled() -> Iterator[None]:
+    """What torch.empty gives holds NaN, as torch fills it in its deterministic mode."""
+    torch.use_deterministic_algorithms(True)
+    try:
+        assert torch.empty(1).isnan().all()
+        yield
+    finally:
+        torch.use_deterministic_algorithms(False)
 
 
 def relative_error(got: Tensor, want: Tensor) -> float:

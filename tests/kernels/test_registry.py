@@ -169,7 +169,7 @@ BOTH = (False, True)
 
 def test_work_counts_launches_rows_steps_and_blocks() -> None:
     causal = work_of("triton", [CAUSAL])["triton"]
-    assert causal == (1, 1, 0, 4096 * 8, 32, 32, 8 * 128**2 * (32 * 31 // 2), 8 * 128**2 * 32)
+    assert causal[:8] == (1, 1, 0, 4096 * 8, 32, 32, 8 * 128**2 * (32 * 31 // 2), 8 * 128**2 * 32)
     assert work_of("fa4", [DOCUMENTS])["fa4"].launches == 1
     assert work_of("flash", [DOCUMENTS])["flash"].launches == 32
     cudnn = work_of("cudnn", [CAUSAL, DOCUMENTS])

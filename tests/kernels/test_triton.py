@@ -29,7 +29,20 @@ from distattn.kernels.softmax.triton_backend import Call, TritonBackend
 from distattn.kernels.softmax.triton_worklist import WorkList
 from distattn.kernels.tiles import UNBOUNDED
 from tests.kernels.extras_cases import EXTRAS_CASES, run_whole, with_extras
-from tests.kernels.oracle import CASES, ODD, Problem, Result, dense, oracle, problem, relative_error, run, table, visible
+from tests.kernels.oracle import (
+    CASES,
+    ODD,
+    Problem,
+    Result,
+    dense,
+    nan_filled,
+    oracle,
+    problem,
+    relative_error,
+    run,
+    table,
+    visible,
+)
 
 U = UNBOUNDED
 CPU = Case("cpu", torch.float32, 64, 64, 8, 2)
@@ -73,13 +86,13 @@ def excess(
 ) -> dict[str, float]:
     """In the interpreter's process: each result's error over the limit, twice the error of plain torch.
 
-    name: of a case with or without extras. whole: by the calls that need no carry.
+    name: of a case with or without extras. whole: by the calls that need no carry. Outputs begin as NaN.
     """
     table_name, shape, extras = EXTRAS_CASES.get(name, (name, {}, {}))
     tiles, sizes = ALL_CASES[table_name]
     p = with_extras(problem(tiles, sizes, **{**shape, **options}), **extras)  # type: ignore[arg-type]
     want, plain = oracle(p), plain_torch(p)
-    with np.errstate(all="ignore"):
+    with np.errstate(all="ignore"), nan_filled():
         got = (run_whole if whole else run)(TritonBackend(), prepare(p) if prepare else p)
     floor = torch.finfo(p.q.dtype).eps / 2
     return {
