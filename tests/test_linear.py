@@ -76,6 +76,23 @@ def test_retention_has_a_default_decay() -> None:
     torch.testing.assert_close(found, want, atol=1e-12, rtol=0)
 
 
+def test_mamba2_is_simple_gla() -> None:
+    """h_t = e^{Δ_t A} h_{t−1} + Δ_t B_t x_tᵀ, y_t = C_t h_t (arXiv 2405.21060), B and C shared by the heads."""
+    r = torch.Generator().manual_seed(5)
+    groups, heads, state_dim, head_dim = 1, 3, 4, 5
+    B, C = (torch.randn((2, 7, groups, state_dim), generator=r, dtype=torch.float64) for _ in range(2))
+    x = torch.randn((2, 7, heads, head_dim), generator=r, dtype=torch.float64)
+    step_size = torch.rand((2, 7, heads), generator=r, dtype=torch.float64)
+    A = -torch.rand(heads, generator=r, dtype=torch.float64)
+    h, want = torch.zeros((2, heads, state_dim, head_dim), dtype=torch.float64), []
+    for t in range(7):
+        written = B[:, t, :, :, None] * (step_size[:, t, :, None] * x[:, t])[:, :, None]
+        h = (step_size[:, t] * A).exp()[..., None, None] * h + written
+        want.append((C[:, t, :, :, None] * h).sum(2))
+    y, _ = distattn.linear_attention(C, B, step_size[..., None] * x, kind="simple_gla", decay=A * step_size, scale=1.0)
+    torch.testing.assert_close(y, torch.stack(want, 1), atol=1e-12, rtol=0)
+
+
 def test_documents_as_tensor_list_or_array() -> None:
     starts = torch.tensor([0, 2, 6])
     want, _ = call(cu_seqlens=[0, 2, 6])

@@ -1,4 +1,4 @@
-"""The part of a decoder layer that is not core attention, timed on one device, for ``distattn bench cad-simulation --measure``.
+"""The part of a decoder layer that is not core attention, timed on one device, for ``distattn bench cad-layers``.
 
     CI(x) = norm · QKV | · O · norm · gate, up · SwiGLU · down      one tensor-parallel rank's slice of the matrices
 

@@ -1,6 +1,7 @@
 """Measure this machine, so that choices and predictions rest on it: ``distattn bench calibrate``.
 
     distattn bench calibrate --only kernels          seconds of each attention kernel by launches, rows, blocks and waits
+    distattn bench calibrate --recorded FILE,…       the same from times that --json wrote, on any machine
 
 Kernels: each backend is timed on masks whose launches, rows and blocks differ; the numbers of a ``KernelRate`` are the
 non-negative ones that fit these times with the least relative error. How far each time is from the fit is kept as a
@@ -12,7 +13,8 @@ from __future__ import annotations
 
 import gc
 import itertools
-from collections.abc import Sequence
+import json
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple
 
@@ -70,11 +72,21 @@ def main(
     head_dims: Annotated[str, typer.Option(help="comma-separated")] = "128,64",
     engines: Annotated[str, typer.Option(help="kernels to time, the rates of others are kept; default all")] = "",
     seconds: Annotated[float, typer.Option(help="of repeats for each time; at least three repeats")] = 0.05,
+    recorded: Annotated[str, typer.Option(help="files that --json wrote, comma-separated: fit their times, measure none")] = "",
     commit: Commit = "",
 ) -> None:
     """Measure kernels and links of this machine, and keep the result for `kernel=auto` and `distattn plan`."""
     if only not in ("", "kernels", "links"):
         raise ConfigError(f"--only={only!r} is unknown; it may be kernels or links")
+    if recorded:
+        if only or json_path or engines:
+            raise ConfigError(
+                "--recorded takes kernels' times as they are in its files: leave out --only, --json and --engines"
+            )
+        made = from_files([Path(name) for name in recorded.split(",")])
+        print(_table(made.kernels))
+        print(f"written to {made.save(output or calibration_path(made.device))}")
+        return
     here = environment(commit)
     device = str(here["device"])
     target = output or calibration_path(device)
@@ -109,13 +121,23 @@ def calibrate_kernels(
 ) -> tuple[tuple[KernelRate, ...], tuple[KernelCell, ...]]:
     """Rates of those of the backends that run here, and cells for them. Raises UnsupportedError where none does."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    timed: list[Timed] = []
+    entries: dict[str, dict[str, Any]] = {}
     for cell, name in itertools.product(cells, engines):
         key = f"{cell.key}|{name}"
-        entry = record.results[key] if record is not None and key in record else _times(name, cell, device, seconds)
-        if record is not None and key not in record:
-            record.add(key, entry)
+        known = record is not None and key in record
+        entries[key] = record.results[key] if record is not None and known else _times(name, cell, device, seconds)
+        if record is not None and not known:
+            record.add(key, entries[key])
+    return rates_of(entries)
+
+
+def rates_of(entries: Mapping[str, Mapping[str, Any]]) -> tuple[tuple[KernelRate, ...], tuple[KernelCell, ...]]:
+    """Rates and cells from times by ``cell|backend``, as --json writes them. Raises UnsupportedError where there are none."""
+    timed = []
+    for key, entry in entries.items():
         if "not_run" not in entry:
+            text, name = key.split("|")
+            cell = Cell.read(text)
             work = work_of(name, [tiles_of(cell)[0]], group=cell.group)
             timed.append(Timed(cell, name, work, entry["forward_ms"], entry["backward_ms"]))
     if not timed:
@@ -124,7 +146,31 @@ def calibrate_kernels(
     for x in timed:
         times.setdefault((x.backend, x.cell.head_dim), []).append((x.work, x.forward_ms, x.backward_ms))
     rates = fit_all(times)
-    return rates, cells_of(timed, Rates(Calibration(device, kernels=rates), device))
+    return rates, cells_of(timed, Rates(Calibration("", kernels=rates), ""))
+
+
+def from_files(paths: Sequence[Path]) -> Calibration:
+    """A calibration from files of times; of a time that several have, the last one's counts.
+
+    Raises ConfigError for a file that holds no times of kernels, and for files of different devices.
+    """
+    entries: dict[str, dict[str, Any]] = {}
+    here: dict[str, dict[str, str | None]] = {}
+    for path in paths:
+        try:
+            content = json.loads(path.read_text())
+            found = {key: entry for key, entry in content["results"].items() if "not_run" in entry or "forward_ms" in entry}
+            here[str(content["environment"]["device"])] = content["environment"]
+        except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+            raise ConfigError(
+                f"{path} holds no times of kernels ({error}): give files that `calibrate --json` wrote"
+            ) from error
+        entries |= found
+    if len(here) != 1:
+        raise ConfigError(f"--recorded needs times of one kind of device, but these are of {', '.join(sorted(here))}")
+    ((device, environment_there),) = here.items()
+    rates, cells = rates_of(entries)
+    return Calibration(device, _versions(environment_there), str(environment_there["commit"]), kernels=rates, cells=cells)
 
 
 def cells_of(timed: Sequence[Timed], rates: Rates) -> tuple[KernelCell, ...]:

@@ -7,6 +7,7 @@ and autograd's backward; what they need to know of the mask is built before, and
 
 from __future__ import annotations
 
+import re
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
@@ -20,7 +21,7 @@ from distattn import bands
 from distattn.bench.masks import LONGCA_BLOCK_PATTERNS, LONGCA_MASKS, PLAN_SIZES, SPARSE_PLANS, BlockPattern
 from distattn.bench.predicates import Predicate, block_predicate, predicate
 from distattn.bench.timing import median_ms, synchronize
-from distattn.errors import UnsupportedError
+from distattn.errors import ConfigError, UnsupportedError
 from distattn.kernels import BACKENDS, Backend, Case, choose_backend
 from distattn.kernels.block_plan import BlockOperand, BlockPlan
 from distattn.kernels.protocol import T_H0, T_H1, T_HI, TILE_COLUMNS, Extras
@@ -48,6 +49,15 @@ class Cell(NamedTuple):
     def key(self) -> str:
         length = f"{self.length // 1024}K" if self.length % 1024 == 0 else str(self.length)
         return f"{self.mask} {length} {self.heads}:{self.kv_heads} D{self.head_dim}"
+
+    @staticmethod
+    def read(key: str) -> Cell:
+        """The cell that has this key. Raises ConfigError for other text."""
+        found = re.fullmatch(r"(\w+) (\d+)(K?) (\d+):(\d+) D(\d+)", key)
+        if found is None:
+            raise ConfigError(f"{key!r} names no cell: it must be like causal 32K 64:8 D128")
+        mask, length, thousands, *shape = found.groups()
+        return Cell(mask, int(length) * (1024 if thousands else 1), *map(int, shape))
 
     @property
     def group(self) -> int:

@@ -5,11 +5,11 @@
 over the measured cells of the same backend, direction and head dimension. A ``KernelRate`` is off by a third on some masks;
 backends often differ by less. Where nothing was measured nearby the weights vanish, and the rates stand as they are.
 
-    scaled = √(a pair's time in the cell ÷ a pair's time here, both by the rates), or 1 by rates without a step_s
+    scaled = √(a pair's time in the cell ÷ a pair's time here, both by the rates), or 1 by rates that know waits
 
 From a cell of half the size, rates by which a launch waits for its longest row (step_s), whether or not others fill the time,
 promise less than twice the time. Twice is nearer to what was seen, the more so the larger both are: the mean of both is taken.
-Rates by what the busiest processor computes (wait_s) need no such thing.
+Rates by what the busiest processor computes (wait_s), and by rows (vendor_row_s), need no such thing.
 """
 
 from __future__ import annotations
@@ -79,7 +79,7 @@ def correction(calibration: Calibration, like: KernelCell) -> Correction:
     weights = np.exp(-np.square(places[1:] - places[0]).sum(1) / NEAR**2)
     rate = next((x for x in calibration.kernels if (x.backend, x.backward, x.head_dim) == kind), None)
     of_a_pair = np.ones(len(every))
-    if rate is not None and rate.step_s:
+    if rate is not None and not (rate.wait_s or rate.vendor_row_s):
         of_a_pair = np.array([_pair_seconds(rate, x) for x in every])
     logs = np.log([x.ratio for x in cells]) + SCALED * np.log(of_a_pair[1:] / of_a_pair[0])
     nearest = int(weights.argmax())

@@ -3,23 +3,23 @@
 from __future__ import annotations
 
 import json
-import re
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from typer.testing import CliRunner
 
-from distattn.bench.calibrate import MAX_CALL_S, Timed, cells_of, fit, fit_all
+from distattn.bench.calibrate import MAX_CALL_S, app, fit, from_files
 from distattn.bench.engines import MASKS, Cell, tiles_of
-from distattn.calibration import Calibration
+from distattn.calibration import load_calibration
+from distattn.errors import ConfigError
 from distattn.kernels import BACKENDS, Case
 from distattn.kernels.selection import Rates, fastest
-from distattn.kernels.workload import work_of
 
 RESULTS = Path(__file__).parents[2] / "benchmarks" / "results"
-RATES, TABLE = "kernel-rates-h200.json", "kernels-longca-h200.json"
+RATES, TABLE = ("kernel-rates-h200.json",), "kernels-longca-h200.json"
 PLANNED = ("hopper", "triton")
 """Backends that take the block plan of uniform_block."""
 
@@ -28,28 +28,10 @@ def results(name: str) -> dict[str, dict[str, Any]]:
     return json.loads((RESULTS / name).read_text())["results"]
 
 
-def cell_of(key: str) -> Cell:
-    found = re.fullmatch(r"(\w+) (\d+)K (\d+):(\d+) D(\d+)", key)
-    assert found is not None
-    mask, length, *shape = found.groups()
-    return Cell(mask, 1024 * int(length), *map(int, shape))
-
-
 @pytest.fixture(scope="module")
 def rates() -> Rates:
-    """As ``calibrate`` makes them from its times: 32K tokens, 32:4 heads of 128."""
-    timed = []
-    for key, entry in results(RATES).items():
-        if "forward_ms" in entry:
-            cell, backend = cell_of(key.split("|")[0]), key.split("|")[1]
-            work = work_of(backend, [tiles_of(cell)[0]], group=cell.group)
-            timed.append(Timed(cell, backend, work, entry["forward_ms"], entry["backward_ms"]))
-    times: dict[tuple[str, int], list[tuple[Any, float, float]]] = {}
-    for x in timed:
-        times.setdefault((x.backend, x.cell.head_dim), []).append((x.work, x.forward_ms, x.backward_ms))
-    kernels = fit_all(times)
-    cells = cells_of(timed, Rates(Calibration("", kernels=kernels), ""))
-    return Rates(Calibration("", kernels=kernels, cells=cells), "a test")
+    """As ``calibrate`` makes them: of 32K tokens with 32:4 heads of 128."""
+    return Rates(from_files([RESULTS / name for name in RATES]), "a test")
 
 
 @pytest.mark.parametrize("mask", MASKS)
@@ -80,3 +62,50 @@ def test_costs_of_rows_are_not_taken_for_a_call() -> None:
     assert (launch_s, row_s, step_s, cut_pair_s) == (0, 0, 0, 0)
     assert (pair_s, wait_s) == (pytest.approx(2e-12), pytest.approx(4e-6))
     assert vendor_row_s == pytest.approx(1e-9, rel=0.25)
+
+
+def test_recorded_times_make_a_calibration(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """On any machine, for the device that they were measured on; a later file's times take the place of an earlier one's."""
+    environment = {"device": "NVIDIA H200", "commit": "abc", "torch": "2.11"}
+    earlier, later = tmp_path / "a.json", tmp_path / "b.json"
+    times = {f"{mask} 4K 8:2 D64|triton": {"forward_ms": 2.0, "backward_ms": 9.0} for mask in ("full", "causal")}
+    earlier.write_text(json.dumps({"environment": environment, "results": times | {"full 4K 8:2 D64|fa4": {"not_run": "x"}}}))
+    later.write_text(json.dumps({"environment": environment, "results": {"causal 4K 8:2 D64|triton": {**CAUSAL_MS}}}))
+    path = tmp_path / "c.json"
+    run = CliRunner().invoke(app, ["--recorded", f"{earlier},{later}", "--output", str(path)], catch_exceptions=False)
+    assert "triton D64 forward" in run.stdout
+    made = load_calibration(path)
+    assert made is not None
+    assert (made.device, made.commit, made.versions["torch"]) == ("NVIDIA H200", "abc", "2.11")
+    assert {x.backend for x in made.kernels} == {"triton"}
+    assert {x.cell for x in made.cells} == {"full 4K 8:2 D64", "causal 4K 8:2 D64"}
+    tiles, _ = tiles_of(Cell("causal", 4096, 8, 2, 64))
+    choice = fastest(Case("cuda", torch.bfloat16, 64, 64, 8, 2), ["triton"], [tiles], Rates(made, "x"))
+    assert choice is not None
+    assert "forward triton 1" in choice.reason
+
+
+CAUSAL_MS = {"forward_ms": 1.0, "backward_ms": 4.5}
+
+
+@pytest.mark.parametrize(
+    ("content", "more", "message"),
+    [
+        ("{}", [], r"holds no times of kernels .*: give files that `calibrate --json` wrote"),
+        ('{"environment": {"device": "a", "commit": ""}, "results": {"full 4K|triton": {"forward_ms": 1, "backward_ms": 1}}}', [],
+         r"'full 4K' names no cell: it must be like causal 32K 64:8 D128"),
+        ("{}", ["--only", "kernels"], "--recorded takes kernels' times as they are in its files: leave out --only"),
+    ],
+)  # fmt: skip
+def test_files_that_are_no_times_are_refused(content: str, more: list[str], message: str, tmp_path: Path) -> None:
+    path = tmp_path / "times.json"
+    path.write_text(content)
+    with pytest.raises(ConfigError, match=message):
+        CliRunner().invoke(app, ["--recorded", str(path), *more], catch_exceptions=False)
+
+
+def test_times_of_two_kinds_of_devices_are_refused(tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        (tmp_path / name).write_text(json.dumps({"environment": {"device": name, "commit": ""}, "results": {}}))
+    with pytest.raises(ConfigError, match="needs times of one kind of device, but these are of a, b"):
+        from_files([tmp_path / "a", tmp_path / "b"])

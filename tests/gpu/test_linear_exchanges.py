@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from distattn.bench.linear_problem import LinearProblem, LinearShape, ours
 from distattn.linear import linear_attention
 from distattn.parallel.exchanges import EXCHANGES
 from distattn.parallel.layout import Layout
@@ -60,3 +61,23 @@ def run_repeated(rank: int, world: int) -> None:
 
 def test_streams_wait_for_each_other() -> None:
     run_ranks(run_repeated, 2, backend="nccl", timeout_s=200)
+
+
+def run_without_synchronisation(rank: int, world: int) -> None:
+    """Once plans are made, kernels tested and indices uploaded, the host waits for the device nowhere: packed, zigzag."""
+    layout = Layout.zigzag(2048 * world, world)
+    for kind in ("gla", "gated_delta"):
+        x = LinearProblem.make(LinearShape(kind, 1, 2048, 16, 128), "cuda", seed=rank)
+        for exchange in EXCHANGES:
+            attend = ours(x.shape, group=dist.group.WORLD, exchange=exchange, layout=layout, cu_seqlens=[0, 700, 2048 * world])
+            x.train(attend)
+            torch.cuda.synchronize()
+            torch.cuda.set_sync_debug_mode("error")
+            try:
+                x.train(attend)
+            finally:
+                torch.cuda.set_sync_debug_mode("default")
+
+
+def test_the_host_waits_for_nothing() -> None:
+    run_ranks(run_without_synchronisation, 2, backend="nccl", timeout_s=200)

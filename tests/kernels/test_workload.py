@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import heapq
+from dataclasses import replace
 
 import numpy as np
 import pytest
 
 from distattn import Mask
+from distattn.calibration import Calibration, KernelRate
+from distattn.kernels.selection import LEAST_LAUNCH_S, Rates, predicted_seconds
 from distattn.kernels.workload import BLOCK, PROCESSORS, SHARE_OF_DQ, count, work_of
 
 U = 1 << 40
@@ -67,3 +70,20 @@ def test_launches_wait_each_for_itself() -> None:
     apart = [count([x]).row_waits for x in (one, other)]
     assert count([one, other]).row_waits == pytest.approx(sum(apart))
     assert all(x > 0 for x in apart)
+
+
+@pytest.mark.parametrize("backward", [False, True])
+def test_each_number_of_a_rate_multiplies_what_its_name_says(backward: bool) -> None:
+    work = work_of("fa4", [table_of(SHARED)])["fa4"]
+    steps = max(work.row_steps, work.column_steps) if backward else work.row_steps
+    amounts = {
+        "call_s": work.calls, "row_s": work.rows, "step_s": steps, "pair_s": work.pairs, "cut_pair_s": work.cut_pairs,
+        "vendor_row_s": work.vendor_rows, "wait_s": work.column_waits if backward else work.row_waits,
+    }  # fmt: skip
+    nothing = KernelRate("fa4", backward, 128, *[0.0] * 6)
+    for name, amount in amounts.items():
+        rates = Rates(Calibration("", kernels=(replace(nothing, **{name: 1.0}),)), "a test")
+        seconds = predicted_seconds({"fa4": work}, rates, backward=backward, width=128)
+        # Beside what the host takes for launches, which is the same for all.
+        wanted = amount + (LEAST_LAUNCH_S * work.terms(backward=backward)[1] if name == "call_s" else 0)
+        assert seconds == pytest.approx(wanted), name
