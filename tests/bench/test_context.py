@@ -330,6 +330,7 @@ def test_a_cell_that_takes_too_long_says_where_it_was(tmp_path: Path) -> None:
 RESULTS = Path(__file__).parents[2] / "benchmarks" / "results"
 MEASURED = (
     "context-h200-8k-x2.json",
+    "context-h200-8k-again-x2.json",
     "context-h200-64k-flex-x2.json",
     "context-h200-targets-causal-x2.json",
     "context-h200-targets-documents-x2.json",
@@ -337,6 +338,13 @@ MEASURED = (
     "context-h200-64k-x2.json",
     "context-h200-x2.json",
 )
+
+
+HOST_WAS_LATE = {
+    "context-h200-8k-x2.json": ("full_document 16K 64:8 D128|ring", "full_document 16K 64:8 D128|all_gather"),
+}
+"""Cells of 2 ms that the host, which took 4.6 ms to start them, held up behind a pause of 3 ms. Behind one of 8 ms, as it is now,
+they are in context-h200-8k-again-x2.json."""
 
 
 def test_auto_takes_what_was_the_fastest_on_two_gpus() -> None:
@@ -376,7 +384,8 @@ def test_predictions_are_near_what_two_gpus_took(name: str, tmp_path: Path) -> N
     ours = [key for key, cell in made.results.items() if key.split("|")[1].split("+")[0] in ("auto", *SCHEDULERS)]
     measured_cells = [key for key in ours if "total_ms" in made.results[key]]
     assert len(errors) >= 0.9 * len(measured_cells), "programs of today's schedulers"
-    assert {key: error for key, error in errors.items() if not abs(error) < 0.15} == {}
+    late = HOST_WAS_LATE.get(name, ())
+    assert {key: error for key, error in errors.items() if key not in late and not abs(error) < 0.15} == {}
 
 
 def cases_of(made: Report) -> dict[str, Case]:
