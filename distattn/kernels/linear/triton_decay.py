@@ -30,15 +30,7 @@ class DecayForward:
         self.call = c = call
         self.emitted, self.final = c.states(len(c.pieces.emit)), c.states(len(c.pieces.final))
         self.has_late, self.fades = len(c.pieces.late) > 0, c.x.g is not None
-        self.h = c.chunk_states()
-        self.prefix = self.total = c.q
-        sums = None
-        self.scores = c.scores()
-        if self.has_late and self.fades:
-            self.prefix, self.total = sums = c.sums(c.num_chunks), c.sums(c.num_pieces)
-        c.run_states(
-            self.scores, c.v, c.q, entering, None, h=self.h, values=c.v, emitted=self.emitted, final=self.final, sums=sums
-        )
+        self.total = self._begin(entering)
         self.transition: Tensor | None = of_pieces(c, self.total, "maps") * math.log(2) if self.fades else None
 
     def intra(self) -> None:
@@ -55,6 +47,17 @@ class DecayForward:
             self._output(late, NEAR if self.fades else ALL)
         return self.o, self.final
 
+    def _begin(self, entering: Tensor) -> Tensor:
+        """Fills emitted and final; returns the gate's sums over each piece."""
+        c = self.call
+        self.h, self.scores = c.chunk_states(), c.scores()
+        self.prefix, total = (c.sums(c.num_chunks), c.sums(c.num_pieces)) if self.has_late and self.fades else (c.q, c.q)
+        c.run_states(
+            self.scores, c.v, c.q, entering, None, h=self.h, values=c.v, emitted=self.emitted, final=self.final,
+            sums=(self.prefix, total) if total is not c.q else None,
+        )  # fmt: skip
+        return total
+
     def _output(self, late: Tensor | None, reach: int) -> None:
         c = self.call
         c.run_output(self.o, self.scores, c.v, self.h, late, self.prefix, reach)
@@ -70,51 +73,59 @@ class DecayBackward:
         self.do = do
         self.emitted, self.dentering = c.states(len(c.pieces.late)), c.states(len(c.pieces.enter))
         self.emits, self.fades = len(c.pieces.emit) > 0, c.x.g is not None
-        self.dh, self.h = c.chunk_states(), c.chunk_states()
-        self.suffix = self.total = c.q
-        sums = None
-        self.scores = c.scores()
-        if self.emits and self.fades:
-            self.suffix, self.total = sums = c.sums(c.num_chunks), c.sums(c.num_pieces)
-        # Either walk through the chunks leaves most of the device idle: they go side by side.
+        # Either walk through the chunks leaves much of the device idle: they go side by side.
         self.beside = Beside(c.device)
-        with self.beside:
-            c.run_states(
-                self.scores, c.v, c.q, entering, late if len(c.pieces.late) else None, h=self.h, values=c.v,
-                emitted=c.states(len(c.pieces.emit)), final=c.states(len(c.pieces.final)),
-            )  # fmt: skip
-        c.run_state_grads(
-            self.scores, c.q, do, c.q, dfinal, None, dh=self.dh, dvalues=c.q, emitted=self.emitted, dentering=self.dentering,
-            sums=sums,
-        )  # fmt: skip
+        self.total = self._begin(entering, late if len(c.pieces.late) else None, dfinal)
 
     def intra(self) -> None:
         self.beside.join()
-        self.scores = self.scores._replace(Qr=self.call.q)  # read by nobody any more, and as large as q
         self.found = self.call.gradient_buffers()
+        self._local()
         if not self.emits:
-            self._gradients(None, ALL, (True, False))
+            self._gradients(None, ALL)
         elif self.fades:
-            self._gradients(None, FAR, (True,))
+            self._gradients(None, FAR)
 
     def finish(self, late: Tensor) -> Gradients:
         c = self.call
         if self.emits:
             dleft = late.contiguous()
             add_through(c, self.dentering, "enter", dleft, "emit", self.total)
-            self._gradients(dleft, NEAR if self.fades else ALL, (True,))
-            # Chunks that are not mild are rare: one launch for those that are reached and the others.
-            self._gradients(dleft, ALL, (False,))
+            self._gradients(dleft, NEAR if self.fades else ALL)
         return Gradients(*c.gradients(self.found), self.dentering)
 
-    def _gradients(self, dleft: Tensor | None, reach: int, milds: tuple[bool, ...]) -> None:
-        """milds: of a vector of gates, which chunks; those of other gates count as mild."""
+    def _begin(self, entering: Tensor, late: Tensor | None, dfinal: Tensor) -> Tensor:
+        """Fills emitted and dentering; returns the gate's sums over each piece."""
         c = self.call
-        for mild in milds:
-            if mild or c.x.gate == VECTOR:
-                c.run_gradients(
-                    self.found, self.scores, c.q, c.v, self.do, c.q, self.h, self.dh, dleft, self.suffix, reach=reach, mild=mild
-                )
+        self.dh, self.h, self.scores = c.chunk_states(), c.chunk_states(), c.scores()
+        self.suffix, total = (c.sums(c.num_chunks), c.sums(c.num_pieces)) if self.emits and self.fades else (c.q, c.q)
+        with self.beside:
+            c.run_states(
+                self.scores, c.v, c.q, entering, late, h=self.h, values=c.v,
+                emitted=c.states(len(c.pieces.emit)), final=c.states(len(c.pieces.final)),
+            )  # fmt: skip
+        c.run_state_grads(
+            self.scores, c.q, self.do, c.q, dfinal, None, dh=self.dh, dvalues=c.q, emitted=self.emitted,
+            dentering=self.dentering, sums=(self.suffix, total) if total is not c.q else None,
+        )  # fmt: skip
+        return total
+
+    def _local(self) -> None:
+        """What needs nothing from other ranks."""
+        self.scores = self.scores._replace(Qr=self.call.q)  # read by nobody any more, and as large as q
+
+    def _gradients(self, dleft: Tensor | None, reach: int) -> None:
+        self._run(dleft, reach, True)
+        if self.call.x.gate == VECTOR and reach != FAR:
+            # Chunks that are not mild are rare: one launch for those that are reached and the others.
+            self._run(dleft, ALL, False)
+
+    def _run(self, dleft: Tensor | None, reach: int, mild: bool) -> None:
+        """mild: of a vector of gates, which chunks; those of other gates count as mild."""
+        c = self.call
+        c.run_gradients(
+            self.found, self.scores, c.q, c.v, self.do, c.q, self.h, self.dh, dleft, self.suffix, reach=reach, mild=mild
+        )
 
 
 def of_pieces(c: Call, sums: Tensor, name: str) -> Tensor:
