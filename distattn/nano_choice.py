@@ -24,7 +24,7 @@ from distattn.pingpong import NanoBatches, cut_in_two
 from distattn.planning import Plan, plan
 
 WORTH_TURNS = 0.02
-"""What two must save: on two H200 their layers took up to 1 % more, transfers apart, than those of one; not predicted."""
+"""What two must save: on two H200 their layers took up to 1.2 % more, transfers apart, than those of one; not predicted."""
 
 _seconds: weakref.WeakKeyDictionary[Plan, dict[tuple[int, float, int], tuple[float, float]]] = weakref.WeakKeyDictionary()
 """What was predicted, kept with the plan of the whole, since every step asks again."""

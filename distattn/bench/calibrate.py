@@ -80,9 +80,7 @@ def main(
         raise ConfigError(f"--only={only!r} is unknown; it may be kernels or links")
     if recorded:
         if only or json_path or engines:
-            raise ConfigError(
-                "--recorded takes kernels' times as they are in its files: leave out --only, --json and --engines"
-            )
+            raise ConfigError("--recorded takes the times that its files hold: leave out --only, --json and --engines")
         made = from_files([Path(name) for name in recorded.split(",")])
         print(_table(made.kernels))
         print(f"written to {made.save(output or calibration_path(made.device))}")
@@ -162,9 +160,7 @@ def from_files(paths: Sequence[Path]) -> Calibration:
             found = {key: entry for key, entry in content["results"].items() if "not_run" in entry or "forward_ms" in entry}
             here[str(content["environment"]["device"])] = content["environment"]
         except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
-            raise ConfigError(
-                f"{path} holds no times of kernels ({error}): give files that `calibrate --json` wrote"
-            ) from error
+            raise ConfigError(f"{path} holds no times of kernels ({error}): give files of `calibrate --json`") from error
         entries |= found
     if len(here) != 1:
         raise ConfigError(f"--recorded needs times of one kind of device, but these are of {', '.join(sorted(here))}")
@@ -240,14 +236,15 @@ def _of_device(amounts: np.ndarray, seconds: np.ndarray) -> np.ndarray:
 def non_negative_fit(amounts: np.ndarray, seconds: np.ndarray, scale: np.ndarray) -> np.ndarray:
     """Non-negative x that bring amounts [n, c] · x nearest to seconds [n], by error relative to scale [n].
 
-    Few columns have few supports, and the best non-negative solution is the least-squares one on some support.
+    Few columns have few supports, and the best non-negative solution is the least-squares one on some support. Of that no more
+    than half as many columns as there are times: as many numbers as times fit these exactly, and others not at all.
     """
     rows, wanted = amounts / scale[:, None], seconds / scale
     size = np.maximum(np.abs(rows).max(0), 1e-300)  # columns of like size, so that the solutions are accurate
     best, least = np.zeros(rows.shape[1]), np.inf
     for support in itertools.product((False, True), repeat=rows.shape[1]):
         columns = np.flatnonzero(support)
-        if not len(columns) or not rows[:, columns].any(0).all():
+        if not 0 < len(columns) <= max(1, len(rows) // 2) or not rows[:, columns].any(0).all():
             continue  # times say nothing of an amount that is 0 in all of them
         solution = np.linalg.lstsq(rows[:, columns] / size[columns], wanted, rcond=None)[0]
         misfit = float(np.square(rows[:, columns] / size[columns] @ solution - wanted).sum())

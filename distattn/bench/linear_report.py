@@ -88,8 +88,13 @@ def draw(results: Results, environment: dict[str, str | None], path: Path) -> No
     ]
     if not panels:
         raise UnsupportedError("there is nothing to draw: no engine ran on this machine, and the JSON file says why")
-    figure = Figure(figsize=(7.4 * len(panels), 4.8), layout="constrained")
-    for axes, (part, draw_part) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
+    rows: list[list[Any]] = [[part for part, _ in panels[i : i + 2]] for i in range(0, len(panels), 2)]
+    if len(rows) > 1:
+        rows[-1] *= 2 // len(rows[-1])  # a panel by itself takes the whole row
+    figure = Figure(figsize=(7.4 * len(rows[0]), 4.8 * len(rows)), layout="constrained")
+    places = figure.subplot_mosaic(rows)
+    for part, draw_part in panels:
+        axes = places[part]
         draw_part(axes, cells(results, part))
         axes.grid(axis="y", alpha=0.3)
         axes.set_axisbelow(True)
@@ -121,8 +126,10 @@ def _draw_lengths(axes: Any, found: Results) -> None:
             by_kind.setdefault(key.split(" ")[0], []).append((tokens_of(key), 1e6 * time / tokens_of(key)))
     for kind, points in by_kind.items():
         axes.plot(*zip(*sorted(points), strict=True), marker="o", label=kind)
+    counts = sorted({tokens_of(key) for key in found})
     axes.set_xscale("log", base=2)
-    axes.set_ylim(bottom=0)
+    axes.set_xticks(counts, [f"{count:,}" for count in counts])
+    axes.set_ylim(0, 1.4 * max(time for points in by_kind.values() for _, time in points))  # room for the legend
     axes.set_xlabel("tokens")
     axes.set_ylabel("ns a token")
 

@@ -10,8 +10,9 @@ import torch
 
 WARM_UPS = 2
 MIN_REPEATS, MAX_REPEATS = 3, 200
-PAUSE_CYCLES = 6_000_000
-"""Of the device before a call: milliseconds in which the host queues what the call launches."""
+PAUSE_CYCLES, MOST_PAUSE_CYCLES = 6_000_000, 48_000_000
+"""Of the device before a call: milliseconds in which the host queues what the call launches. Where it needed longer, on a busy
+machine, the pause is doubled from then on, up to the second number."""
 
 FLUSH_BYTES = 256 << 20
 
@@ -22,26 +23,41 @@ class Clock:
     def __init__(self, device: str) -> None:
         self.cuda = device.startswith("cuda")
         self.flush = torch.empty(FLUSH_BYTES if self.cuda else 0, dtype=torch.uint8, device=device)
+        self.pause_cycles = PAUSE_CYCLES
 
     def once_ms(self, call: Callable[[], object], meet: Callable[[], object] | None = None) -> float:
-        """Milliseconds of one call, with cold caches on a GPU. meet: what ranks do just before, on the device."""
+        """Milliseconds of one call, with cold caches on a GPU. meet: what ranks do just before, on the device.
+
+        A call for which the device waited is made again behind a longer pause, unless other ranks would have to make it too.
+        """
         if not self.cuda:
             if meet is not None:
                 meet()
             begin = time.perf_counter()
             call()
             return 1e3 * (time.perf_counter() - begin)
+        while True:
+            milliseconds, waited = self._once_on_device_ms(call, meet)
+            if not waited or self.pause_cycles >= MOST_PAUSE_CYCLES:
+                return milliseconds
+            self.pause_cycles *= 2
+            if meet is not None:
+                return milliseconds
+
+    def _once_on_device_ms(self, call: Callable[[], object], meet: Callable[[], object] | None) -> tuple[float, bool]:
+        """(milliseconds, whether the device began before the host had queued all)."""
         begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         self.flush.zero_()
         torch.cuda.synchronize()
-        torch.cuda._sleep(PAUSE_CYCLES)
+        torch.cuda._sleep(self.pause_cycles)
         if meet is not None:
             meet()
         begin.record()
         call()
         end.record()
+        waited = begin.query()
         torch.cuda.synchronize()
-        return begin.elapsed_time(end)
+        return begin.elapsed_time(end), waited
 
     def in_turn(self, calls: dict[str, Callable[[], object]], seconds: float) -> dict[str, list[float]]:
         """Milliseconds of each call, after warm-ups, call by call in turn, ``seconds`` long for each."""

@@ -26,7 +26,7 @@ SHARE_OF_DQ = 3 / 7
 """Of the matrix products in their backward."""
 
 PROCESSORS = 132
-"""Of an H100 or H200."""
+"""Of an H100 or H200. Elsewhere waits are counted for as many, and what they cost is fitted to times all the same."""
 
 FINISHED_ROW = 0.25
 """What a row costs whose finished result is merged into another, against one that goes through a carry in fp32: the bytes of
@@ -154,7 +154,7 @@ def _programs(tiles: np.ndarray, of_launch: np.ndarray, group: int) -> tuple[flo
     """(most key blocks of a program, blocks of the busiest processor beyond the mean of all), each summed over launches.
 
     A program computes what a block of queries sees, over all tiles of its launch, for ``group`` heads; the longest begin first.
-    With P processors none is done before k programs are that are no shorter than the one in place (k − 1)·P + 1.
+    Of P processors one has k programs that are no shorter than the one in place (k − 1)·P + 1, for every k.
     """
     tile, first, blocks, _ = _rows_of_blocks(tiles)
     heads, rows = int(tiles[:, T_H0].max(initial=0)) + 1, int(first.max(initial=0)) // BLOCK + 1

@@ -28,6 +28,7 @@ from distattn.bench.cad_simulation import cost_of_turns, draw_batch, layer_time,
 from distattn.errors import ConfigError
 from distattn.parallel.hardware import HARDWARE
 
+RESULTS = Path(__file__).parents[2] / "benchmarks" / "results"
 TINY = ModelShape("tiny", 64, 8, 8, 16, 128, 2)
 
 
@@ -169,6 +170,16 @@ def test_measured_steps_calibrate_linear_layers_and_attention(tmp_path: Path) ->
     file.write_text("[]")
     with pytest.raises(ConfigError, match="holds no steps of a model"):
         calibrate([file], whole)
+
+
+def test_the_simulation_predicts_what_was_measured() -> None:
+    """Steps of the committed records, those that the factors were not fitted to as well."""
+    files = [RESULTS / f"disaggregation-h200x2-{name}.json" for name in ("64k", "long")]
+    fit = calibrate(files, layer_time("8b", RESULTS / "cad-layers-h200-whole.json"))
+    assert len(fit.misses) >= 36
+    assert max(map(abs, fit.misses.values())) <= 0.06
+    assert 1.0 <= fit.linear <= 1.2
+    assert 1.0 <= fit.attention <= 1.2
 
 
 def test_wrong_files_and_options_are_refused(tmp_path: Path) -> None:

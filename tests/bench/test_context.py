@@ -343,8 +343,8 @@ MEASURED = (
 HOST_WAS_LATE = {
     "context-h200-8k-x2.json": ("full_document 16K 64:8 D128|ring", "full_document 16K 64:8 D128|all_gather"),
 }
-"""Cells of 2 ms that the host, which took 4.6 ms to start them, held up behind a pause of 3 ms. Behind one of 8 ms, as it is now,
-they are in context-h200-8k-again-x2.json."""
+"""Cells of 2 ms that the host, which took 4.6 ms to start them, held up behind a pause of 3 ms. Behind one of 8 ms, as it is
+now, they are in context-h200-8k-again-x2.json."""
 
 
 def test_auto_takes_what_was_the_fastest_on_two_gpus() -> None:

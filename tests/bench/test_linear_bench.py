@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -15,7 +15,7 @@ import torch
 from distattn.bench import linear, linear_ranks
 from distattn.bench.linear_problem import LinearProblem, LinearShape, errors, fla, ours, parse_shapes
 from distattn.bench.linear_report import draw, table
-from distattn.bench.linear_timing import Clock, quantiles
+from distattn.bench.linear_timing import MOST_PAUSE_CYCLES, PAUSE_CYCLES, Clock, quantiles
 from distattn.bench.record import Record
 from distattn.cli.bench import bench
 from distattn.errors import ConfigError, UnsupportedError
@@ -44,6 +44,44 @@ def test_quantiles_and_turns() -> None:
     times = Clock("cpu").in_turn(calls, 0.0)
     assert order == ["a", "a", "b", "b", *"ababab"]
     assert [len(found) for found in times.values()] == [3, 3]
+
+
+class _Event:
+    """Of a device that begins once ``pauses`` holds a long one: before, the host is late, and the call seems to take longer."""
+
+    pauses: ClassVar[list[int]] = []
+
+    def __init__(self, enable_timing: bool) -> None: ...
+
+    def record(self) -> None: ...
+
+    def query(self) -> bool:
+        return self.pauses[-1] < 4 * PAUSE_CYCLES
+
+    def elapsed_time(self, _: Any) -> float:
+        return 9.0 if self.query() else 1.0
+
+
+def test_a_device_that_waited_is_timed_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, fake in (("Event", _Event), ("synchronize", list), ("_sleep", _Event.pauses.append)):
+        monkeypatch.setattr(torch.cuda, name, fake)
+    clock, calls = Clock("cpu"), []
+    clock.cuda = True
+    assert clock.once_ms(partial(calls.append, 1)) == 1.0
+    assert _Event.pauses == [PAUSE_CYCLES, 2 * PAUSE_CYCLES, 4 * PAUSE_CYCLES]
+    assert clock.once_ms(partial(calls.append, 1)) == 1.0
+    assert _Event.pauses[3:] == [4 * PAUSE_CYCLES]
+    assert len(calls) == 4
+
+    _Event.pauses.clear()
+    clock.pause_cycles = PAUSE_CYCLES
+    # Ranks make a call as often as each other: its time stands, and later calls wait longer.
+    assert [clock.once_ms(partial(calls.append, 1), meet=list) for _ in range(3)] == [9.0, 9.0, 1.0]
+    assert _Event.pauses == [PAUSE_CYCLES, 2 * PAUSE_CYCLES, 4 * PAUSE_CYCLES]
+
+    monkeypatch.setattr(_Event, "query", lambda _: True)
+    assert clock.once_ms(list) == 9.0
+    assert clock.pause_cycles == MOST_PAUSE_CYCLES
 
 
 def test_errors_are_those_of_the_call() -> None:
