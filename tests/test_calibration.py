@@ -99,7 +99,8 @@ def test_a_backend_is_fitted_on_what_it_computes_itself() -> None:
     cells = []
     for i, row in enumerate(works(20)):
         seconds = float(row @ RATES)
-        work = Work(row[0], row[1], 0, row[2], row[3], 0, *row[4:], row[7])
+        calls, launches, rows, _, pairs, cut_pairs, vendor_rows, waits = row.tolist()
+        work = Work(calls, launches, 0, rows, 0, 0, pairs, cut_pairs, vendor_rows, waits, waits)
         elsewhere = {"flash": work} if i % 3 == 0 else {"flash": NOTHING}
         cells.append(({"cudnn": work, **elsewhere}, seconds * (9e3 if i % 3 == 0 else 1e3), seconds * 2e3))
     forward, backward = fit_all({("cudnn", 64): cells})
