@@ -79,7 +79,6 @@ class DecayBackward:
 
     def intra(self) -> None:
         self.beside.join()
-        self.found = self.call.gradient_buffers()
         self._local()
         if not self.emits:
             self._gradients(None, ALL)
@@ -111,8 +110,9 @@ class DecayBackward:
         return total
 
     def _local(self) -> None:
-        """What needs nothing from other ranks."""
+        """Makes the buffers, and what in them needs nothing from other ranks."""
         self.scores = self.scores._replace(Qr=self.call.q)  # read by nobody any more, and as large as q
+        self.found = self.call.gradient_buffers()
 
     def _gradients(self, dleft: Tensor | None, reach: int) -> None:
         self._run(dleft, reach, True)

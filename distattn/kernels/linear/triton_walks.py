@@ -45,6 +45,7 @@ class WalkBackward(DecayBackward):
 
     def _local(self) -> None:
         c = self.call
+        self.found = c.gradient_buffers()
         c.run_walk(self.found.dq, self.do, c.v, c.k, self.spans, transposed=True)
 
     def _gradients(self, dleft: Tensor | None, reach: int) -> None:
