@@ -234,6 +234,16 @@ def test_refusals(monkeypatch: pytest.MonkeyPatch) -> None:
     assert why == "first of torch, triton that can"
 
 
+def test_more_documents_than_a_grid_has_room_for() -> None:
+    """One walk for each document, batch entry and value head, along an axis of 65,535 programs."""
+    pytest.importorskip("triton", reason="triton is not installed")
+    x = make_operands("linear", "none", 2, 8192, heads=1, value_heads=4, key_dim=1, value_dim=1, dtype=torch.float32)
+    with pytest.raises(
+        UnsupportedError, match=r"8192 pieces .* make 65536 walks, .* at most 65535 a call: .* kernel=\"torch\""
+    ):
+        TritonLinear().forward_begin(x, Pieces.whole([1] * 8192), random_states(2, 0, x, 0))
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
 @pytest.mark.parametrize("gate", ["none", "constant", "scalar", "vector"])
 def test_blocks_are_powers_of_two(gate: str, dtype: torch.dtype) -> None:

@@ -17,6 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from distattn.errors import UnsupportedError
 from distattn.kernels.linear import (
     triton_chunks,
     triton_gradient,
@@ -78,6 +79,9 @@ class SpanStates(NamedTuple):
 MAX_WALK_DIM = 128
 """Of keys and values that a walk by spans holds whole."""
 
+MAX_PROGRAMS = 65_535
+"""Along the second axis of a CUDA grid, where walks have one for each piece, batch entry and value head."""
+
 _FLAT_BLOCK = 1024
 
 
@@ -94,6 +98,7 @@ class Call:
         self.device = x.v.device
         self.tables = pieces.tables(self.device, CHUNK)
         self.num_chunks, self.num_pieces = len(self.tables.chunks), len(pieces.lengths)
+        self._check_walkers()
         self.delta = x.beta is not None
         self.beta = self.q if x.beta is None else x.beta.contiguous()
         self.compute = torch.bfloat16 if self.q.dtype == torch.bfloat16 else torch.float32
@@ -105,6 +110,7 @@ class Call:
         """The same call over other pieces of the same chunks."""
         other = copy(self)
         other.pieces, other.tables, other.num_pieces = pieces, pieces.tables(self.device, CHUNK), len(pieces.lengths)
+        other._check_walkers()
         return other
 
     def parts(self) -> Parts:
@@ -128,9 +134,23 @@ class Call:
         walks = self.batch * self.value_heads * -(-self.value_dim // block)
         length = count_span_chunks(walks, 8 * _num_multiprocessors(self.device), self.num_chunks)
         spans = spans_of(self.pieces, length * CHUNK)
-        return spans if 2 * len(spans.piece) <= self.num_chunks else None
+        small = 2 * len(spans.piece) <= self.num_chunks and self._num_walkers(len(spans.piece)) <= MAX_PROGRAMS
+        return spans if small else None
 
     # Shapes and constants.
+
+    def _num_walkers(self, number: int) -> int:
+        """Pieces, or spans, of all batch entries and value heads."""
+        return self.batch * number * self.value_heads
+
+    def _check_walkers(self) -> None:
+        number = self._num_walkers(self.num_pieces)
+        if number > MAX_PROGRAMS:
+            raise UnsupportedError(
+                f"{self.num_pieces} pieces of documents, {self.batch} batch entries and {self.value_heads} value heads make "
+                f"{number} walks, and the Triton kernels of linear attention take at most {MAX_PROGRAMS} a call: give them "
+                'fewer documents at once, or pass kernel="torch"'
+            )
 
     def scratch(self, *tail: int, dtype: torch.dtype | None = None) -> Tensor:
         """[B, T, HV, …]"""
