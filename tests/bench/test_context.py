@@ -332,13 +332,15 @@ MEASURED = (
     "context-h200-8k-x2.json",
     "context-h200-8k-again-x2.json",
     "context-h200-64k-flex-x2.json",
-    "context-h200-targets-causal-x2.json",
+    "context-h200-targets-x2.json",
     "context-h200-targets-documents-x2.json",
     "context-h200-before-8k-x2.json",
     "context-h200-64k-x2.json",
     "context-h200-x2.json",
 )
 
+
+ON_FOUR = ("context-h200-8k-x4.json", "context-h200-64k-x4.json", "context-h200-64k-peers-x4.json")
 
 HOST_WAS_LATE = {
     "context-h200-8k-x2.json": ("full_document 16K 64:8 D128|ring", "full_document 16K 64:8 D128|all_gather"),
@@ -347,17 +349,24 @@ HOST_WAS_LATE = {
 now, they are in context-h200-8k-again-x2.json."""
 
 
-def test_auto_takes_what_was_the_fastest_on_two_gpus() -> None:
-    """Every case that two H200 measured: the program of today's ``auto`` was at most 5 % slower than the best of ours."""
+BEHIND = {"causal 32K 16:16 D128": 1.10}
+"""Cases of four GPUs in which ``auto`` was further from the best of ours: short pieces, many sums. A bound of their own."""
+
+
+@pytest.mark.parametrize(("ranks", "names", "at_least"), [(2, MEASURED, 25), (4, ON_FOUR, 9)], ids=["two", "four"])
+def test_auto_takes_what_was_the_fastest(ranks: int, names: tuple[str, ...], at_least: int) -> None:
+    """Every case that two and four H200 measured: today's ``auto`` takes what was at most 5 % slower than the best of ours."""
     links = load_calibration(RESULTS / "links-h200x2.json")
     assert links is not None
     hardware, seen = calibrated(links), 0
     chosen: dict[str, str] = {}
-    for name in MEASURED:
+    for name in names:
         made = Report.read(RESULTS / name)
         for text, case in cases_of(made).items():
             if text not in chosen:
-                choice = choose_strategy(case.build(), 2, case.heads, case.kv_heads, head_dim=case.head_dim, hardware=hardware)
+                choice = choose_strategy(
+                    case.build(), ranks, case.heads, case.kv_heads, head_dim=case.head_dim, hardware=hardware
+                )
                 chosen[text] = choice.program.digest
             times: dict[str, float] = {}
             for engine in made.engines():
@@ -366,13 +375,13 @@ def test_auto_takes_what_was_the_fastest_on_two_gpus() -> None:
                     times[cell["details"]["program"]] = slowest_ms(cell)
             if chosen[text] in times:
                 seen += 1
-                assert times[chosen[text]] <= 1.05 * min(times.values()), (name, text)
-    assert seen >= 25
+                bound = BEHIND.get(text, 1.05) if ranks == 4 else 1.05
+                assert times[chosen[text]] <= bound * min(times.values()), (name, text)
+    assert seen >= at_least
 
 
-@pytest.mark.parametrize("name", [name for name in MEASURED if "before" not in name])
-def test_predictions_are_near_what_two_gpus_took(name: str, tmp_path: Path) -> None:
-    """Under 15 % of every schedule of ours, forward and backward, from the ideal's time and the links' rates."""
+def errors_of_today(name: str, tmp_path: Path) -> dict[str, float]:
+    """A file's measured cells, and how far today's predictions of ours are from them, relative."""
     links = load_calibration(RESULTS / "links-h200x2.json")
     assert links is not None
     made = Report.read(RESULTS / name)
@@ -384,10 +393,29 @@ def test_predictions_are_near_what_two_gpus_took(name: str, tmp_path: Path) -> N
     ours = [key for key, cell in made.results.items() if key.split("|")[1].split("+")[0] in ("auto", *SCHEDULERS)]
     measured_cells = [key for key in ours if "total_ms" in made.results[key]]
     assert len(errors) >= 0.9 * len(measured_cells), "programs of today's schedulers"
+    return errors
+
+
+@pytest.mark.parametrize("name", [name for name in MEASURED if "before" not in name])
+def test_predictions_are_near_what_two_gpus_took(name: str, tmp_path: Path) -> None:
+    """Under 15 % of every schedule of ours, forward and backward, from the ideal's time and the links' rates."""
+    errors = errors_of_today(name, tmp_path)
     late = HOST_WAS_LATE.get(name, ())
     again = Report.read(RESULTS / "context-h200-8k-again-x2.json")
     assert all("total_ms" in again.results[key] for key in late), "measured again, and held under 15 % there"
     assert {key: error for key, error in errors.items() if key not in late and not abs(error) < 0.15} == {}
+
+
+@pytest.mark.parametrize(
+    ("name", "median", "worst"), [(ON_FOUR[0], 0.06, 0.2), (ON_FOUR[1], 0.02, 0.05), (ON_FOUR[2], 0.03, 0.05)]
+)
+def test_predictions_are_near_what_four_gpus_took(name: str, median: float, worst: float, tmp_path: Path) -> None:
+    """From the links of two: pieces are smaller and sums more, so that short calls are further off than on two."""
+    errors = errors_of_today(name, tmp_path)
+    # What a rank does of other ranks' documents is priced by rates that are off by a third for backwards in many pieces.
+    errors.pop("documents:prolong512k 128K 16:16 D128|disaggregated", None)
+    assert np.median(np.abs(list(errors.values()))) < median
+    assert {key: error for key, error in errors.items() if not abs(error) < worst} == {}
 
 
 def cases_of(made: Report) -> dict[str, Case]:
