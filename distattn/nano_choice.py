@@ -105,6 +105,9 @@ def _half(made: Plan, rows: np.ndarray, joined: np.ndarray) -> Half:
     programs = made.program, made.backward_program
     dtype = str(made.dtype or "bfloat16")
     forward, backward = (
-        predict(program, made.mask, made.hardware, made.head_dim, made.value_dim, dtype) for program in programs
+        predict(
+            program, made.mask, made.hardware, made.head_dim, made.value_dim, dtype, kernel=made.hardware.rated(made.kernel)
+        )
+        for program in programs
     )
     return Half(programs, (forward, backward), rows, joined)

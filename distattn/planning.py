@@ -413,6 +413,7 @@ def _schedule(r: _Request, hardware: Hardware) -> tuple[str, Any, Layout, Progra
             hardware=hardware,
             layout=r.layout,
             key_layout=key_layout,
+            kernel=r.kernel,
         )
         reasons = {"layout": choice.layout_reason, "strategy": choice.reason, "candidates": choice.table}
         return choice.strategy, choice.options, choice.layout, choice.program, reasons

@@ -8,7 +8,7 @@ import os
 import re
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from distattn.attention import apply_sink, attention, checkpoint_contexts
+from distattn.calibration import KernelRate
 from distattn.errors import InputError, PlanError, TransportError
 from distattn.mask import Mask
 from distattn.nano_choice import choose_nano_batches
@@ -228,6 +229,14 @@ def run_modes(rank: int, world: int) -> dict[str, tuple[int, int, int]]:
 SLOW_LINKS = Hardware("slow", 1, 0.1, 0.1, 1, 0.1, 0, 0, 0)
 VERY_SLOW_LINKS = Hardware("slow", 1, 0.1, 0.1, 1, 1e-3, 0, 0, 0)
 FAST_LINKS = Hardware("fast", 1, 0.1, 0.1, 1e3, 1e3, 0, 0, 0)
+RATED = replace(
+    SLOW_LINKS,
+    kernels=tuple(
+        KernelRate(name, backward, 16, call_s=0, launch_s=0, row_s=0, step_s=0, pair_s=pair_s, cut_pair_s=pair_s)
+        for name, pair_s in (("reference", 1e-7), ("flash_cpu", 1e-8))
+        for backward in (False, True)
+    ),
+)
 
 
 def choose_numbers(rank: int, world: int) -> dict[str, tuple[int, str]]:
@@ -248,6 +257,11 @@ def choose_numbers(rank: int, world: int) -> dict[str, tuple[int, str]]:
         chosen[name] = len(nano.plans), nano.reason
         assert nano.reason in nano.describe()
         assert choose_nano_batches(mask, **arguments).reason == nano.reason  # from what is known
+    for kernel in ("reference", "flash_cpu"):
+        arguments = {**SHAPE, "group": dist.group.WORLD, "topology": RATED, "linear_flops": 1e5, "layers": 2, "kernel": kernel}
+        nano = choose_nano_batches(Mask.causal(512), **arguments)
+        assert f"on slow with {kernel}: " in nano.plans[0].reasons["strategy"]
+        chosen[kernel] = len(nano.plans), nano.reason
     return chosen
 
 
@@ -260,6 +274,10 @@ def test_the_number_of_nano_batches_is_chosen_by_predicted_time() -> None:
         assert re.match(r"one nano-batch: [0-9.]+ ms in one, [0-9.]+ ms in two, predicted on slow; two must", found["giant"][1])
         assert found["apart"] == (1, "one nano-batch: its attention sends nothing")
         assert found["whole"] == (1, "one nano-batch: no row of this mask can be cut at")
+        slow, fast = (re.search(r"([0-9.e+]+) ms", found[kernel][1]) for kernel in ("reference", "flash_cpu"))
+        assert slow is not None
+        assert fast is not None
+        assert float(slow[1]) > 2 * float(fast[1]), "a named kernel is predicted by its own rates"
     alone = choose_nano_batches(Mask.causal(9), linear_flops=1.0, layers=1, **SHAPE)
     assert alone.reason == "one nano-batch: nothing travels on one rank"
     with pytest.raises(PlanError, match="linear_flops and layers must be positive, got 0 and 1"):

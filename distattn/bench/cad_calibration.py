@@ -5,7 +5,7 @@
 c: a layer's matrices by themselves (``cad-layers``, whole), twice forward since the backward computes them again; a: attention
 by its kernel's rates, forward and backward. The two factors are fitted to the steps without disaggregation, rank by rank and
 waits left out; what they then say of ``auto`` and disaggregation is a test. They hold what a step has beyond its parts alone:
-norms, rotary embedding, loss, clocks that fall under load.
+norms, rotary embedding, loss, clocks that fall under load. Steps of further files, as those of more ranks, are tested only.
 """
 
 from __future__ import annotations
@@ -60,20 +60,22 @@ class Step:
 @dataclass(frozen=True)
 class Fit:
     """Factors on the seconds of linear layers and of attention by the rates of ``kernel``; misses: of each cell, by
-    "tokens|mix|engine", predicted over measured step, less 1; before: their median size without the factors."""
+    "tokens|mix|engine", predicted over measured step, less 1; before: their median size without the factors; others: misses in
+    files that nothing was fitted to, by file."""
 
     kernel: str
     linear: float
     attention: float
     misses: dict[str, float] = field(repr=False)
     before: float
+    others: dict[str, dict[str, float]] = field(default_factory=dict, repr=False)
 
     def about(self) -> dict[str, Any]:
         sizes = [abs(miss) for miss in self.misses.values()]
         return {
             "kernel": self.kernel, "linear": self.linear, "attention": self.attention, "median_miss": statistics.median(sizes),
             "median_miss_without_factors": self.before,
-            "misses": self.misses,
+            "misses": self.misses, "tested_misses": self.others,
         }  # fmt: skip
 
     def __str__(self) -> str:
@@ -83,20 +85,41 @@ class Fit:
         text = f"linear layers × {self.linear:.3f}, attention by the rates of {self.kernel} × {self.attention:.3f}; steps that "
         text += f"this was fitted to are missed by {statistics.median(fitted):.1%} ({max(fitted):.1%} at most)"
         text += f", others by {statistics.median(tested):.1%} ({max(tested):.1%})" if tested else ""
-        return f"{text}; without the factors the median of all were {self.before:.1%}"
+        text += f"; without the factors the median of all were {self.before:.1%}"
+        for name, found in self.others.items():
+            missed = [abs(miss) for miss in found.values()]
+            text += f"; {len(missed)} of {name} are missed by {statistics.median(missed):.1%} ({max(missed):.1%})"
+        return text
 
 
-def calibrate(paths: Sequence[Path], whole: LayerTime) -> Fit:
-    """Fit what ``distattn bench disaggregation`` wrote; whole: a layer of its shape on one device. ConfigError where files hold
-    nothing to fit, or steps of unlike kernels or devices."""
-    steps: list[Step] = []
+def calibrate(paths: Sequence[Path], whole: LayerTime, tested: Sequence[Path] = ()) -> Fit:
+    """Fit what ``distattn bench disaggregation`` wrote; whole: a layer of its shape on one device; tested: files whose steps
+    are predicted with what the others gave. ConfigError where files hold nothing to fit or to test, or steps of unlike kernels
+    or devices."""
+    kernel, found = _read([*paths, *tested], whole)
+    empty = [str(path) for path in tested if not found[path]]
+    if empty:
+        raise ConfigError(f"{', '.join(empty)}: no measured steps in one nano-batch whose schedule is known; leave it out")
+    steps = [step for path in paths for step in found[path]]
+    linear, attention = _factors([step for step in steps if step.engine not in TESTED], paths)
+
+    def misses(steps: Sequence[Step]) -> dict[str, float]:
+        return {f"{x.case}|{x.engine}": x.predicted(linear, attention) / x.seconds - 1 for x in steps}
+
+    before = statistics.median(abs(x.predicted(1.0, 1.0) / x.seconds - 1) for x in steps)
+    return Fit(kernel, linear, attention, misses(steps), before, {path.name: misses(found[path]) for path in tested})
+
+
+def _read(paths: Sequence[Path], whole: LayerTime) -> tuple[str, dict[Path, list[Step]]]:
+    """The kernel of all files, and the steps of each."""
+    steps: dict[Path, list[Step]] = {}
     kernels = set()
     for path in paths:
         try:
             record = json.loads(path.read_text())
             place = record["environment"]
             kernels.add((place["kernel"], place["device"]))
-            steps += read_steps(record["results"], place, whole)
+            steps[path] = read_steps(record["results"], place, whole)
         except ConfigError:
             raise
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
@@ -105,10 +128,7 @@ def calibrate(paths: Sequence[Path], whole: LayerTime) -> Fit:
             ) from error
     if len(kernels) != 1:
         raise ConfigError(f"measured steps must be of one kernel on one kind of device, got {sorted(kernels)}: leave files out")
-    linear, attention = _factors([step for step in steps if step.engine not in TESTED], paths)
-    misses = {f"{x.case}|{x.engine}": x.predicted(linear, attention) / x.seconds - 1 for x in steps}
-    before = statistics.median(abs(x.predicted(1.0, 1.0) / x.seconds - 1) for x in steps)
-    return Fit(next(iter(kernels))[0], linear, attention, misses, before)
+    return next(iter(kernels))[0], steps
 
 
 def read_steps(cells: dict[str, dict[str, Any]], place: dict[str, Any], whole: LayerTime) -> list[Step]:
@@ -125,7 +145,7 @@ def read_steps(cells: dict[str, dict[str, Any]], place: dict[str, Any], whole: L
         engine = make_engine(name, lengths, ranks, int(tokens), shape)
         if name == "auto":
             engine = _chosen(cell["chosen"], mask, ranks)
-        rows, attention, exposed = _parts(engine, mask, ranks, shape, hardware)
+        rows, attention, exposed = parts_of(engine, mask, ranks, shape, hardware)
         linear = rows * (2 * whole.forward_s + whole.backward_s)
         measured = np.array(computed(cell)), layers * exposed, slowest(cell["seconds"])
         steps.append(Step(f"{tokens}|{mix}", name, layers * linear, layers * attention, *measured))
@@ -150,7 +170,7 @@ def _chosen(text: str, mask: Mask, ranks: int) -> Engine:
     return Engine("auto", strategy, layout)
 
 
-def _parts(
+def parts_of(
     engine: Engine, mask: Mask, ranks: int, shape: ModelConfig, hardware: Hardware
 ) -> tuple[np.ndarray, np.ndarray, float]:
     """Of one layer's attention: rows and seconds of each rank, float64 [P], and seconds that it waits for transfers."""

@@ -61,6 +61,9 @@ def main(
         Path | None,
         typer.Option(help="What `distattn bench cad-layers --tensor-parallel 1` wrote, where the steps were measured."),
     ] = None,
+    tested_steps: Annotated[
+        str, typer.Option(help="The same of other runs, comma-separated: predicted with what --steps gave, not fitted to.")
+    ] = "",
     models: Annotated[str, typer.Option(help="8b, 34b (default: both).")] = "",
     kinds: Annotated[str, typer.Option(help="flat, pipeline (default: both).")] = "",
     mixes: Annotated[str, typer.Option(help="pretrain, prolong (default: both).")] = "",
@@ -71,10 +74,12 @@ def main(
     """Simulate step times with and without disaggregated attention."""
     if batches < 1:
         raise ConfigError(f"--batches must be at least 1, got {batches}")
-    files = [Path(name) for name in parts(steps)]
+    files, tested = ([Path(name) for name in parts(text)] for text in (steps, tested_steps))
     if bool(files) != (whole_layers is not None):
         raise ConfigError("--steps and --whole-layers calibrate together: give both or neither")
-    fit = None if whole_layers is None else calibrate(files, layer_time("8b", whole_layers))
+    if tested and not files:
+        raise ConfigError("--tested-steps are predicted by what --steps calibrates: give --steps and --whole-layers, too")
+    fit = None if whole_layers is None else calibrate(files, layer_time("8b", whole_layers), tested)
     turns, hardware = cost_of_turns(files) if files else 1.0, _hardware(fit)
     about = {
         "simulated": True, "hardware": repr(hardware), "rank_tokens": RANK_TOKENS, "cost_of_turns": turns,

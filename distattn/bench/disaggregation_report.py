@@ -183,6 +183,7 @@ def plot(cells: Cells, environment: Mapping[str, Any], path: Path) -> None:
         x += 1.2
     axes.axhline(1.0, color="black", linewidth=0.8)
     axes.set_xticks(ticks, [_title(case) for case in drawn], fontsize=8)
+    axes.set_xlabel("mix of documents, tokens a rank", fontsize=8)
     units = {(ours(cells, case) or "").replace("_", " ") for case in drawn}
     axes.set_ylabel(f"step time over that of {' or '.join(sorted(units))}")
     layers = f"{environment['layers']} layer{'s' if environment['layers'] != 1 else ''}"
@@ -206,7 +207,7 @@ def _bars(cells: Cells, case: str) -> dict[str, tuple[float, float]]:
 
 def _title(case: str) -> str:
     tokens, mix = case.split("|")
-    return f"{mix.replace('_', ' ')}\n{int(tokens):,} tokens a rank"
+    return f"{mix.replace('_', ' ')}\n{int(tokens):,}"
 
 
 def _patch(color: str) -> Any:

@@ -13,6 +13,7 @@ BENCHES = {
     "scaling": ("distattn.bench.scaling", "predicted efficiency of every schedule on clusters that are not here"),
     "cad-layers": ("distattn.bench.cad_measure", "linear layers around attention, which cad-simulation rests on"),
     "cad-simulation": ("distattn.bench.cad_simulation", "disaggregated attention on 64 to 512 GPUs beside its paper"),
+    "cad-forecast": ("distattn.bench.cad_forecast", "steps of layers on ranks that are not here, before they are measured"),
     "cad-plans": ("distattn.bench.cad_plans", "plans of disaggregated attention over 8 to 256 ranks: balance, bytes, time"),
     "cad-links": ("distattn.bench.cad_links", "what of its step waits for transfers at a link rate, simulated"),
     "disaggregation": (

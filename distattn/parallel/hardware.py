@@ -77,6 +77,12 @@ class Hardware:
         """Equal where the rates of kernels are."""
         return hash((self.kernels, self.cells))
 
+    def rated(self, kernel: str) -> str | None:
+        """This backend if its rates are among those of both directions, by which a plan that names it is predicted, else None:
+        the fastest of those that were measured stands for it."""
+        known = {rate.backward for rate in self.kernels if rate.backend == kernel}
+        return kernel if known == {False, True} else None
+
     def flops_per_second(self, *, backward: bool) -> float:
         return (self.backward_tflops if backward else self.forward_tflops) * 1e12
 

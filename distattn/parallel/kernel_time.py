@@ -53,26 +53,31 @@ _prices: OrderedDict[tuple, Price | None] = OrderedDict()
 _MAX_PRICES = 128
 
 
-def price(mask: Mask, hardware: Hardware, heads: int, width: int, *, backward: bool, group: int = 1) -> Price | None:
+def price(
+    mask: Mask, hardware: Hardware, heads: int, width: int, *, backward: bool, group: int = 1, kernel: str | None = None
+) -> Price | None:
     """The cheapest backend's for the whole mask and ``heads`` query heads, which share what a launch waits for at its end; None
-    where the hardware has no rates. width: the larger head dimension. group: query heads a KV head."""
+    where the hardware has no rates. width: the larger head dimension. group: query heads a KV head. kernel: this backend's,
+    whatever others take."""
     if not hardware.kernels:
         return None
-    key = (mask.digest, hardware.rates_key, heads, width, backward, group)
+    key = (mask.digest, hardware.rates_key, heads, width, backward, group, kernel)
     if key not in _prices:
-        _prices[key] = _price(mask, hardware, heads, width, backward=backward, group=group)
+        _prices[key] = _price(mask, hardware, heads, width, backward=backward, group=group, only=kernel)
         if len(_prices) > _MAX_PRICES:
             _prices.popitem(last=False)
     return _prices[key]
 
 
-def _price(mask: Mask, hardware: Hardware, heads: int, width: int, *, backward: bool, group: int) -> Price | None:
+def _price(
+    mask: Mask, hardware: Hardware, heads: int, width: int, *, backward: bool, group: int, only: str | None
+) -> Price | None:
     rates = Rates(Calibration(hardware.name, kernels=hardware.kernels), hardware.name)
     table = np.zeros((len(mask.bands), len(TILE_COLUMNS)), np.int64)
     table[:, : T_HI + 1] = mask.bands
     table[:, T_H1] = heads
     best: tuple[float, str, dict[str, Work]] | None = None
-    for backend in dict.fromkeys(rate.backend for rate in hardware.kernels):
+    for backend in dict.fromkeys(rate.backend for rate in hardware.kernels if only in (None, rate.backend)):
         work = work_of(backend, [table], group=group)
         seconds = predicted_seconds(work, rates, backward=backward, width=width)
         if seconds is not None and (best is None or seconds < best[0]):

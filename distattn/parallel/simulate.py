@@ -157,7 +157,9 @@ def predict(
     width, given = max(head_dim, value_dim), price is not None
     if price is None:
         group = program.heads // program.kv_heads
-        price = kernel_time.price(mask, hardware, program.heads, width, backward=program.backward, group=group)
+        price = kernel_time.price(
+            mask, hardware, program.heads, width, backward=program.backward, group=group, kernel=kernel
+        )  # fmt: skip
     pairs = attend_areas(program, mask)
     tiles = tile_time.of_program(program, mask, pairs, hardware, head_dim, value_dim, kernel=kernel)
     backend = None if price is None else BACKENDS[tiles.backend if tiles else price.backend]
@@ -174,7 +176,7 @@ def predict(
         whole_seconds = price.call_s + mask.num_queries * program.heads * price.row_s + cost.area * price.pair_s
         if tiles is not None:
             whole_seconds, scale = _scale(
-                program, mask, hardware, width, tiles.backend, price if given else None, whole_seconds
+                program, mask, hardware, width, tiles.backend, price if given else None, whole_seconds, kernel
             )
             compute *= tile_time.factors(tiles.ranks, scale * tiles.seconds, compute.sum(1))[:, None]
         ideal_seconds = whole_seconds / program.num_ranks
@@ -209,14 +211,15 @@ def _ends(line: Timeline, busy: np.ndarray) -> np.ndarray:
 
 
 def _scale(
-    program: Program, mask: Mask, hardware: Hardware, width: int, backend: str, price: kernel_time.Price | None, seconds: float
-) -> tuple[float, float]:
+    program: Program, mask: Mask, hardware: Hardware, width: int, backend: str, price: kernel_time.Price | None, seconds: float,
+    kernel: str | None,
+) -> tuple[float, float]:  # fmt: skip
     """(seconds of one device for the whole mask, by how much more ``backend`` takes than its rates say).
 
     With a given price the ``seconds`` are known, and say how wrong the rates of its backend are on this mask: of another one
-    they say nothing.
+    they say nothing. Without one they are those of ``kernel``; None: of the fastest.
     """
-    group, kernel = program.heads // program.kv_heads, None if price is None else price.backend
+    group, kernel = program.heads // program.kv_heads, kernel if price is None else price.backend
     whole = tile_time.of_whole(mask, hardware, kernel, heads=program.heads, group=group, width=width, backward=program.backward)
     if price is None or whole is None:
         return float(whole.seconds[0]) if whole else seconds, 1.0

@@ -151,6 +151,30 @@ def test_a_known_kernel_says_nothing_of_another() -> None:
     assert twice == pytest.approx(base, rel=1e-6)
 
 
+def test_a_named_kernel_is_predicted_by_its_own_rates() -> None:
+    """Ideal and timeline alike; one without rates, or with those of one direction, by the fastest."""
+    mask = Mask.documents([9000, 300, 7084])
+    program = ring.plan(mask, Layout.zigzag(16384, 2), 32, 8)
+    kernels = sorted({x.backend for x in H200.kernels})
+    found = {kernel: predict(program, mask, H200, 128, kernel=kernel) for kernel in kernels}
+    least = predict(program, mask, H200, 128)
+    assert least.seconds <= min(x.seconds for x in found.values()) * 1.001
+    for kernel, prediction in found.items():
+        only = replace(H200, kernels=tuple(x for x in H200.kernels if x.backend in (kernel, "triton", "flash")))
+        assert H200.rated(kernel) == kernel
+        assert prediction.ideal_seconds <= prediction.seconds, kernel
+        assert prediction.seconds == pytest.approx(predict(program, mask, only, 128, kernel=kernel).seconds), kernel
+    assert found["cudnn"].ideal_seconds == found["flash"].ideal_seconds, "which computes what cudnn's cannot"
+    assert len({round(1e9 * x.ideal_seconds) for x in found.values()}) == len(kernels) - 1
+    one_way = replace(H200, kernels=tuple(x for x in H200.kernels if x.backward or x.backend != "hopper"))
+    assert (H200.rated("auto"), H200.rated("reference"), one_way.rated("hopper")) == (None, None, None)
+    tables = {
+        name: choose_strategy(mask, 2, 32, 8, head_dim=128, hardware=H200, kernel=name).table for name in ("auto", "reference")
+    }
+    other = choose_strategy(mask, 2, 32, 8, head_dim=128, hardware=H200, kernel="hopper").table
+    assert tables["auto"] == tables["reference"] != other
+
+
 def test_many_launches_cost_the_host_whatever_the_rates_say() -> None:
     rate = KernelRate("cudnn", False, 128, call_s=0, launch_s=0, row_s=0, step_s=0, pair_s=1e-12, cut_pair_s=0)
     rates = Rates(Calibration("", kernels=(rate,)), "")
@@ -183,9 +207,10 @@ def test_of_candidates_about_as_fast_the_most_frugal_wins() -> None:
     program = ring.plan(mask, Layout.zigzag(256, 2), 8, 8)
     placed = LayoutChoice(program.layout, "given")
 
-    def best(*entries: tuple[str, float, int, float]) -> str:
+    def best(*entries: tuple[str, float, int, float], relaid: str = "") -> str:
         found = [
-            Candidate(name, None, placed, program, seconds, 1.0, 0.0, memory, host) for name, seconds, memory, host in entries
+            Candidate(name, None, placed, program, seconds, 1.0, 0.0, memory, host, relaid=name == relaid)
+            for name, seconds, memory, host in entries
         ]
         return _best_of(found).strategy
 
@@ -193,3 +218,9 @@ def test_of_candidates_about_as_fast_the_most_frugal_wins() -> None:
     assert best(("usp", 1.0, 100, 9), ("ulysses", 1.02, 90, 99)) == "ulysses", "less memory"
     assert best(("usp", 1.0, 1000, 9), ("ulysses", 1.02, 1005, 8)) == "ulysses", "about as much, and less for the host"
     assert best(("double_ring", 1.0, 100, 9), ("ring", 1.01, 100, 9)) == "ring", "the simpler of two that are alike"
+    alike = ("double_ring", 1.0, 100, 8), ("ring", 1.01, 100, 9)
+    assert best(*alike) == best(*alike, relaid="double_ring") == "double_ring", "less for the host"
+    placed = LayoutChoice(Layout.balanced(mask, 2), "least predicted time")
+    assert best(*alike) == "double_ring", "the rule took it"
+    assert best(*alike, relaid="double_ring") == "ring", "not balanced in chunks where the rule has another layout"
+    assert best(*alike[:1], ("ring", 1.04, 100, 9), relaid="double_ring") == "double_ring", "4 % slower is slower"
