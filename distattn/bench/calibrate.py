@@ -208,7 +208,8 @@ def fit(amounts: np.ndarray, seconds: np.ndarray) -> tuple[list[float], float]:
     [n]; and their largest error. Waits take the place of steps, which are 0 in it.
 
     Cells of few launches give the device's numbers. Cells of many that take longer than these say, but not longer for a launch
-    than others, wait for the host, and give its time for a launch; all others then give the device's numbers once more.
+    than others, may wait for the host: no launch takes it longer than those of the quickest such cell, which gives its time for
+    one. All others then give the device's numbers once more.
     """
     calls, launches = amounts[:, 0], amounts[:, 1]
     device = np.delete(amounts, 1, axis=1)
@@ -217,7 +218,7 @@ def fit(amounts: np.ndarray, seconds: np.ndarray) -> tuple[list[float], float]:
     numbers = _of_device(device[~many], seconds[~many]) if (~many).any() else np.zeros(device.shape[1])
     a_launch = np.where(many, (seconds - calls * numbers[0]) / np.maximum(launches, 1), np.inf)
     waiting = (seconds > HOST_BOUND * (device @ numbers)) & many & (a_launch <= HOST_SPREAD * a_launch.min())
-    launch_s = float(np.median(a_launch[waiting])) if waiting.any() else 0.0
+    launch_s = float(a_launch[waiting].min()) if waiting.any() else 0.0
     if (~waiting).any():
         numbers = _of_device(device[~waiting], seconds[~waiting])
     call_s, *rest = numbers.tolist()

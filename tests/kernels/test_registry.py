@@ -361,8 +361,8 @@ def test_auto_looks_at_the_tiles() -> None:
 def test_the_rates_that_come_with_it_serve_hopper_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     rates = selection.rates_here()
     assert rates is not None
-    assert rates.calibration == selection.shipped_rates()
-    assert "measured on one NVIDIA H100" in rates.origin
+    assert rates.calibration == selection.shipped_choice_rates()
+    assert "measured on NVIDIA H200s" in rates.origin
     for tiles in (table_of(Mask.causal(32768), 64), table_of(Mask.documents([600, 90, 2000, 31, 777] * 9), 64)):
         choice = fastest(replace(CUDA, heads=64, kv_heads=8, head_dim=128, value_dim=128), ABLE, [tiles], rates)
         assert choice is not None
@@ -390,7 +390,9 @@ def test_the_rates_that_come_with_it_choose_what_was_fastest(mask: str, forward:
     """At 32K with 64:8 heads of 128 on an H200, or within 3 % of it (prefix_lm_document forward)."""
     tiles, _ = tiles_of(Cell(mask, 32768, 64, 8, 128))
     case = replace(CUDA, heads=64, kv_heads=8, head_dim=128, value_dim=128)
-    choice = fastest(case, ["fa4", "cudnn", "hopper", "flash", "triton"], [tiles], Rates(selection.shipped_rates(), "shipped"))
+    choice = fastest(
+        case, ["fa4", "cudnn", "hopper", "flash", "triton"], [tiles], Rates(selection.shipped_choice_rates(), "shipped")
+    )
     assert choice is not None
     assert (choice.forward, choice.backward) == (forward, backward)
 
