@@ -146,9 +146,8 @@ def read_steps(cells: dict[str, dict[str, Any]], place: dict[str, Any], whole: L
         if name == "auto":
             engine = _chosen(cell["chosen"], mask, ranks)
         rows, attention, exposed = parts_of(engine, mask, ranks, shape, hardware)
-        linear = rows * (2 * whole.forward_s + whole.backward_s)
         measured = np.array(computed(cell)), layers * exposed, slowest(cell["seconds"])
-        steps.append(Step(f"{tokens}|{mix}", name, layers * linear, layers * attention, *measured))
+        steps.append(Step(f"{tokens}|{mix}", name, layers * rows * whole.step_s, layers * attention, *measured))
     return steps
 
 

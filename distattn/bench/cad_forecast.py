@@ -83,7 +83,7 @@ def forecast(name: str, ranks: int, tokens: int, mix: str, layers: int, by: tupl
         engine = Engine(name, choice.strategy, choice.layout, choice.options)
         found["chosen"] = f"{choice.strategy} on {choice.layout.name}"
     rows, attention, exposed = parts_of(engine, mask, ranks, SHAPE, rated(fit.kernel))
-    work = layers * (fit.linear * rows * (2 * whole.forward_s + whole.backward_s) + fit.attention * attention)
+    work = layers * (fit.linear * rows * whole.step_s + fit.attention * attention)
     waits = layers * exposed
     return {**found, "seconds": float(work.max()) + waits, "waits_seconds": waits, "imbalance": float(work.max() / work.mean())}
 

@@ -48,6 +48,11 @@ class LayerTime:
     forward_s: float
     backward_s: float
 
+    @property
+    def step_s(self) -> float:
+        """Of a training step whose backward computes the layer again."""
+        return 2 * self.forward_s + self.backward_s
+
 
 def measure(shape: ModelShape, tensor_parallel: int, tokens: int, device: str, seconds: float = 1.0) -> LayerTime:
     """Time the slice of one layer's matrices that a tensor-parallel rank has, on ``tokens`` tokens in bf16.

@@ -27,7 +27,7 @@ _FORWARD_ROW_BYTES = 6
 _BACKWARD_ROW_BYTES = 18
 """The same of dq, dk and dv: added to another in 16 bits."""
 
-_HEAD_START_US = 6600
+HEAD_START_US = 6600
 """Of the host in a repeat: ``context_ranks.PAUSE_CYCLES`` before it, less 1.4 ms that a call takes whatever it does."""
 
 
@@ -131,7 +131,7 @@ def add_predictions(report: Report, cases: list[Case], hardware: Hardware) -> No
     """Beside every measured cell of ours, what is predicted for its schedule and kernel from the ideal's time and the links of
     ``hardware``."""
     ranks = int(report.environment["ranks"])
-    hardware = replace(hardware, host_ahead_us=_HEAD_START_US)
+    hardware = replace(hardware, host_ahead_us=HEAD_START_US)
     for case in cases:
         ideal = report.cell(case.name, IDEAL)
         if "total_ms" not in ideal:
