@@ -21,7 +21,8 @@ pytestmark = pytest.mark.gpu
 BF16, FP16 = torch.bfloat16, torch.float16
 
 
-# name → (table, arguments of ``with_extras``). The last two are computed by the portable kernels.
+# name → (table, arguments of ``with_extras``). Under blocks of 64 programs take pairs of heads. The portable kernels compute
+# all dk and dv of blocks of 64, and the last two.
 PLANS: dict[str, tuple[str, dict]] = {
     "of_all_heads": ("causal_1000", {"blocks": (128, 128), "density": 0.4}),
     "of_kv_heads": ("window_1000", {"blocks": (128, 128), "plan_heads": 2}),
@@ -30,9 +31,18 @@ PLANS: dict[str, tuple[str, dict]] = {
     "of_documents": ("documents", {"blocks": (128, 128), "plan_heads": 2}),
     "of_all_blocks": ("window_1000", {"blocks": (128, 128), "density": 1.0}),
     "of_no_block": ("causal_1000", {"blocks": (128, 128), "density": 0.0}),
+    "of_pairs": ("causal_1000", {"blocks": (64, 64), "density": 0.4}),
+    "of_pairs_of_kv_heads": ("window_1000", {"blocks": (64, 64), "plan_heads": 2}),
+    "of_pairs_long": ("causal_4097", {"blocks": (64, 64), "density": 0.1}),
+    "of_pairs_of_documents": ("documents", {"blocks": (64, 64), "plan_heads": 2}),
+    "of_pairs_of_a_slot": (
+        "a_group_of_4", {"blocks": (64, 64), "plan_heads": 4, "model_heads": 16, "offsets": (50, 101, 6), "density": 0.7},
+    ),
+    "of_pairs_of_groups": ("groups_1000", {"blocks": (64, 64), "plan_heads": 2}),
+    "of_pairs_of_no_block": ("causal_1000", {"blocks": (64, 64), "density": 0.0}),
     "of_query_heads": ("window_1000", {"blocks": (128, 128), "plan_heads": 4}),
-    "of_small_blocks": ("causal_1000", {"blocks": (64, 64), "density": 0.4}),
-}
+    "of_small_blocks": ("slots", {"blocks": (64, 64), "density": 0.4}),
+}  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -125,6 +135,14 @@ def test_any_order_of_programs(long_share: float, busiest: float, backend: Backe
     triton_worklist._remembered.cache_clear()
 
 
+@pytest.mark.parametrize("busiest", [0.0, 99.0], ids=["a_program_each", "persistent"])
+def test_pairs_in_any_order_of_programs(busiest: float, backend: Backend, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(hopper_backend, "MAX_BUSIEST", busiest)
+    p = problem(*ALL_CASES["causal_4097"], head_dim=64, batch=2, dtype=BF16, device="cuda")
+    p = with_extras(p, blocks=(64, 64), density=0.3)
+    assert_within_twice_plain_torch(run_whole(backend, p), p)
+
+
 def test_a_negative_scale(backend: Backend) -> None:
     tiles, sizes = ALL_CASES["window_1000"]
     p = replace(problem(tiles, sizes, head_dim=128, dtype=BF16, device="cuda"), scale=-0.1)
@@ -141,8 +159,9 @@ def test_reruns_and_orders_of_tiles_are_bitwise_equal(backend: Backend) -> None:
         assert all(torch.equal(getattr(first, name), getattr(second, name)) for name in ("out", "lse", "dq", "dk", "dv"))
 
 
-def test_under_a_block_plan_all_results_are_bitwise_equal_in_reruns(backend: Backend) -> None:
-    p = with_extras(problem(*ALL_CASES["causal_4097"], head_dim=128, dtype=BF16, device="cuda"), blocks=(128, 128))
+@pytest.mark.parametrize("block", [64, 128])
+def test_under_a_block_plan_all_results_are_bitwise_equal_in_reruns(block: int, backend: Backend) -> None:
+    p = with_extras(problem(*ALL_CASES["causal_4097"], head_dim=128, dtype=BF16, device="cuda"), blocks=(block, block))
     first, second = run_whole(backend, p), run_whole(backend, p)
     assert all(torch.equal(getattr(first, name), getattr(second, name)) for name in ("out", "lse", "dq", "dk", "dv"))
 

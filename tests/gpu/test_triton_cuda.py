@@ -28,6 +28,8 @@ LARGE = {
         table((0, 512, 0, 512, -U, 0, 0, 4, 0), (256, 512, 512, 1024, -U, U, 0, 4, 0)),
         Sizes(512, 1024, 4, 2, 2),
     ),
+    # Rows 900 and up see nothing.
+    "groups_1000": (table((0, 900, 0, 1000, -600, 90, 0, 16, 0)), Sizes(1000, 1000, 16, 2, 8)),
     "causal_4097": (table((0, 4097, 0, 4097, -U, 0, 0, 2, 0)), Sizes(4097, 4097, 2, 1, 2)),
     # Rows 700 and up see nothing; heads through a slot's shift; two tiles share rows 100 to 639.
     "slots": (
@@ -44,6 +46,12 @@ LARGE_EXTRAS: dict[str, tuple[str, dict, dict]] = {
     "plan_4097": ("causal_4097", {"head_dim": 128}, {"blocks": (128, 64), "plan_heads": 2, "density": 0.2}),
     "plan_of_a_slot_1000": (
         "slots", {}, {"blocks": (128, 128), "plan_heads": 3, "model_heads": 12, "offsets": (200, 77, 5), "density": 0.7},
+    ),
+    "packs_1000": ("groups_1000", {"head_dim": 128, "batch": 2}, {"blocks": (64, 64), "plan_heads": 2, "plan_batch": 2}),
+    "packs_of_two_1000": ("window_1000", {"head_dim": 128}, {"blocks": (64, 128), "plan_heads": 2}),
+    "packs_with_everything_1000": (
+        "groups_1000", {"head_dim": 128, "softcap": 5.0, "lse_gradient": True},
+        {"blocks": (64, 64), "positions": True, "key_bias": True, "density": 0.4},
     ),
     "bias_1000": ("slots", {"softcap": 20.0, "lse_gradient": True}, {"key_bias": True}),
     "bias_and_positions_1000": ("window_1000", {"head_dim": 128}, {"key_bias": True, "positions": True}),

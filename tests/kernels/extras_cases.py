@@ -77,6 +77,17 @@ EXTRAS_CASES: dict[str, tuple[str, dict, dict]] = {
     ),
     "plan_of_documents": ("documents", {}, {"blocks": (64, 64), "plan_heads": 2}),
     "plan_that_leaves_little": ("window_260", {}, {"blocks": (64, 64), "density": 0.15}),
+    "packs_of_a_group": ("group_of_8_63", {"batch": 2}, {"blocks": (64, 64), "plan_batch": 2, "density": 1.0}),
+    "packs_of_kv_heads": (
+        "groups_of_4_130", {"softcap": 5.0, "lse_gradient": True},
+        {"blocks": (64, 64), "plan_heads": 2, "positions": True, "key_bias": True, "density": 0.8},
+    ),
+    "packs_of_two": ("groups_of_4_130", {}, {"blocks": (64, 64), "plan_heads": 4}),
+    "packs_of_a_slot": (
+        "a_group_of_4", {"lse_gradient": True},
+        {"blocks": (64, 64), "plan_heads": 4, "model_heads": 16, "offsets": (50, 101, 6), "density": 0.7},
+    ),
+    "plan_of_query_heads": ("groups_of_4_130", {}, {"blocks": (128, 128), "plan_heads": 8}),
     "empty_plan": ("causal_130", {}, {"blocks": (64, 64), "density": 0.0}),
     "positions": ("shared_rows", {}, {"positions": True}),
     "key_bias": ("causal_130", {"batch": 2}, {"key_bias": True}),

@@ -235,6 +235,11 @@ ODD: dict[str, tuple[np.ndarray, Sizes]] = {
         table((0, 100, 0, 40, -U, U, 0, 3, 1), (0, 63, 40, 130, 11, 90, 0, 3, 1)),
         Sizes(130, 130, 3, 2, 2),
     ),
+    "group_of_8_63": (table((0, 63, 0, 63, -U, 0, 0, 8, 0)), Sizes(63, 63, 8, 1, 8)),
+    # Rows 100 to 129 see nothing.
+    "groups_of_4_130": (table((0, 100, 0, 130, -70, 3, 0, 8, 0)), Sizes(130, 130, 8, 2, 4)),
+    # The arena's heads 2 to 5 are the query heads of its KV head 1.
+    "a_group_of_4": (table((0, 70, 0, 40, -U, U, 2, 6, 2), (10, 70, 40, 90, 11, 60, 2, 6, 2)), Sizes(75, 90, 8, 2, 4)),
 }
 
 

@@ -22,8 +22,11 @@ pytestmark = pytest.mark.skipif(
 MAX_SHARED_BYTES = 232448
 
 
-def compile_for_hopper(name: str, head_dim: int, whole: bool) -> tuple[int, str, str]:
-    """In a process of its own, without the interpreter: (bytes of shared memory, the kernel's PTX, what ptxas says)."""
+def compile_for_hopper(name: str, head_dim: int, whole: bool, pack: int) -> tuple[int, str, str]:
+    """In a process of its own, without the interpreter: (bytes of shared memory, the kernel's PTX, what ptxas says).
+
+    pack: query heads a program of the forward and dq.
+    """
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.experimental.gluon._runtime import GluonASTSource
@@ -32,14 +35,14 @@ def compile_for_hopper(name: str, head_dim: int, whole: bool) -> tuple[int, str,
     kernel = getattr(importlib.import_module(f"distattn.kernels.softmax.hopper_{name}"), f"{name}_kernel")
     half, constants = hopper_backend.HALF, {"D": head_dim, "WHOLE": whole}
     if name == "forward":
-        block_q, block_k, stages = hopper_backend.BLOCK_Q // 2, hopper_backend.BLOCK_K, hopper_backend.FORWARD_STAGES
+        block_q, block_k, stages = half, hopper_backend.BLOCK_K // pack, hopper_backend.FORWARD_STAGES * pack
     elif name == "dq":
         block_q, block_k, stages = half, hopper_backend.DQ_BLOCK_K, hopper_backend.DQ_STAGES
     else:
         block_q, block_k, stages = half, half, hopper_backend.DKDV_STAGES
     constants["STAGES"] = stages
     if "BLOCK_K" in kernel.arg_names:
-        constants["BLOCK_K"] = block_k
+        constants |= {"BLOCK_K": block_k, "PACK": pack}
     rows = {"q_desc": block_q, "k_desc": block_k, "v_desc": block_k, "do_desc": block_q}
 
     def kind(argument: str) -> str:
@@ -79,11 +82,19 @@ def compiler(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Executor]:
 
 
 @pytest.mark.parametrize(
-    ("name", "head_dim", "whole"),
-    [("forward", 128, True), ("forward", 64, False), ("dq", 128, True), ("dkdv", 128, True), ("dkdv", 64, False)],
+    ("name", "head_dim", "whole", "pack"),
+    [
+        ("forward", 128, True, 1),
+        ("forward", 64, False, 1),
+        ("forward", 128, True, 2),
+        ("dq", 128, True, 1),
+        ("dq", 64, False, 2),
+        ("dkdv", 128, True, 1),
+        ("dkdv", 64, False, 1),
+    ],
 )
-def test_the_kernels_fit_and_overlap(name: str, head_dim: int, whole: bool, compiler: Executor) -> None:
-    shared, ptx, said = compiler.submit(compile_for_hopper, name, head_dim, whole).result()
+def test_the_kernels_fit_and_overlap(name: str, head_dim: int, whole: bool, pack: int, compiler: Executor) -> None:
+    shared, ptx, said = compiler.submit(compile_for_hopper, name, head_dim, whole, pack).result()
     assert 0 < shared <= MAX_SHARED_BYTES
     assert "registers" in said
     assert "serialized" not in said

@@ -19,13 +19,15 @@ import pytest
 import torch
 from torch import Tensor
 
+from distattn.bench.masks import LONGCA_MASKS
 from distattn.errors import InputError
 from distattn.kernels import BACKENDS, Case, triton_here
-from distattn.kernels.block_plan import BlockPlan
+from distattn.kernels.block_plan import BlockOperand, BlockPlan
 from distattn.kernels.merge import empty_carry
 from distattn.kernels.softmax import hopper_backend, triton_worklist
 from distattn.kernels.softmax.hopper_backend import HopperBackend
-from distattn.kernels.softmax.triton_backend import Call, TritonBackend
+from distattn.kernels.softmax.triton_backend import Call, TritonBackend, heads_alike
+from distattn.kernels.softmax.triton_configs import INTERPRETER_CONFIG, LaunchConfigs
 from distattn.kernels.softmax.triton_worklist import WorkList
 from distattn.kernels.tiles import UNBOUNDED
 from tests.kernels.extras_cases import EXTRAS_CASES, run_whole, with_extras
@@ -46,6 +48,7 @@ from tests.kernels.oracle import (
 
 U = UNBOUNDED
 CPU = Case("cpu", torch.float32, 64, 64, 8, 2)
+CPU_DEVICE = torch.device("cpu")
 
 ALL_CASES = {**CASES, **ODD}
 
@@ -148,6 +151,23 @@ def rerun_with_lists_in_another_order(name: str) -> list[bool]:
     return [torch.equal(getattr(first, f.name), getattr(second, f.name)) for f in fields(Result)]
 
 
+def rerun_with_a_program_a_head(name: str, whole: bool) -> tuple[int, list[bool]]:
+    """In the interpreter's process: (heads a program of dq, bitwise equality of results with those of a head a program)."""
+    table_name, shape, extras = EXTRAS_CASES[name]
+    p = problem(*ALL_CASES[table_name], **shape, head_dim=16, dtype=torch.float32)
+    alone, packed = replace(INTERPRETER_CONFIG, pack=1), replace(INTERPRETER_CONFIG, pack=4)
+    chosen, answers = [], []
+    for config in (alone, packed):
+        backend, answer = TritonBackend(LaunchConfigs(config, config, config)), run_whole if whole else run
+        again = with_extras(p, **extras)
+        call = backend.call(p.q, p.k, p.v, p.tiles, p.group, p.scale, p.softcap, again.extras, whole=whole)
+        chosen.append(call.configs.dq.pack)
+        with np.errstate(all="ignore"), nan_filled():
+            answers.append(answer(backend, again))
+    assert chosen[0] == 1
+    return chosen[1], [torch.equal(*(getattr(x, f.name) for x in answers)) for f in fields(Result)]
+
+
 def gradients_of_hopper(name: str, whole: bool) -> dict[str, float]:
     """In the interpreter's process: how far ``hopper``'s gradients are from ``triton``'s, with ``triton``'s kernels in place of
     its own, which no interpreter runs: what is left is which work lists they get, and what of the call."""
@@ -179,14 +199,15 @@ def gradients_of_hopper(name: str, whole: bool) -> dict[str, float]:
         patch.setattr(hopper, "attend", triton.attend)
         patch.setattr(hopper, "attend_whole", triton.attend_whole)
         want, got = answer(triton, p), answer(hopper, p)
-    assert sorted(launched) == ([] if name == "portable_plan" else [1, 2])
+    assert sorted(launched) == {"portable_plan": [], "pairs": [1]}.get(name, [1, 2])
     return {name: relative_error(getattr(got, name), getattr(want, name)) for name in ("dq", "dk", "dv")}
 
 
 HOPPER_CASES: dict[str, tuple[str, dict]] = {
     "window": ("window_260", {}),
     "plan": ("window_260", {"blocks": (128, 128)}),
-    "portable_plan": ("window_260", {"blocks": (64, 64)}),
+    "pairs": ("window_260", {"blocks": (64, 64)}),
+    "portable_plan": ("shared_rows", {"blocks": (64, 64)}),
 }
 
 
@@ -255,6 +276,8 @@ def test_extras_are_as_good_as_plain_torch(name: str, interpreter: Executor) -> 
         ("plan_of_a_slot", {"head_dim": 16, "dtype": FP32}),
         ("everything", {"head_dim": 16, "dtype": FP32}),
         ("plan_of_each_head", {"head_dim": 16, "value_dim": 32, "dtype": FP16}),
+        ("packs_of_kv_heads", {"head_dim": 20, "value_dim": 5, "dtype": FP16}),
+        ("packs_of_a_slot", {"head_dim": 16, "dtype": FP32}),
     ],
     ids=str,
 )
@@ -267,6 +290,45 @@ def test_the_whole_without_a_carry(name: str, options: dict[str, object], interp
 def test_hopper_has_the_same_backward_but_for_its_kernels(name: str, whole: bool, interpreter: Executor) -> None:
     errors = interpreter.submit(gradients_of_hopper, name, whole).result()
     assert set(errors.values()) == {0.0}, errors
+
+
+@pytest.mark.parametrize(
+    ("name", "whole", "pack"),
+    [("packs_of_a_group", True, 4), ("packs_of_kv_heads", False, 4), ("packs_of_two", True, 2), ("packs_of_a_slot", False, 4)],
+)
+def test_a_pack_of_heads_computes_what_each_would_alone(name: str, whole: bool, pack: int, interpreter: Executor) -> None:
+    found, equal = interpreter.submit(rerun_with_a_program_a_head, name, whole).result()
+    assert found == pack
+    assert all(equal)
+
+
+@pytest.mark.parametrize(
+    ("change", "alike"),
+    [
+        ({}, 4),
+        ({"plan_heads": 4}, 2),
+        ({"plan_heads": 8}, 1),
+        ({"group": 2}, 2),
+        ({"group": 1}, 1),
+        ({"group": 3}, 1),
+        ({"heads": (0, 8), "group": 8, "plan_heads": 1}, 8),
+        ({"heads": (0, 6), "group": 8, "plan_heads": 1}, 2),
+        ({"heads": (0, 5), "group": 8, "plan_heads": 1}, 1),
+        ({"heads": (2, 6), "shift": 2, "offset": 6}, 4),
+        ({"heads": (2, 6), "shift": 0, "offset": 6}, 2),
+        ({"heads": (2, 6), "shift": 2, "offset": 5}, 1),
+        ({"heads": (3, 7), "shift": 1, "offset": -3}, 4),
+        ({"no_tiles": True}, 1),
+    ],
+    ids=str,
+)
+def test_which_heads_are_alike(change: dict[str, Any], alike: int) -> None:
+    given = {"heads": (0, 8), "shift": 0, "offset": 0, "group": 4, "plan_heads": 2, "no_tiles": False, **change}
+    listed = torch.ones(1, given["plan_heads"], 1, 1, dtype=torch.bool)
+    plan = BlockPlan.from_blocks(listed, num_queries=64, num_keys=64, block_q=64, block_k=64)
+    tiles = table() if given["no_tiles"] else table((0, 64, 0, 64, -U, U, *given["heads"], given["shift"]))
+    operand = BlockOperand(plan, 8, np.tile(np.array((0, 0, given["offset"])), (len(tiles), 1)))
+    assert heads_alike(tiles, operand, given["group"]) == alike
 
 
 @pytest.mark.parametrize("name", ["plan_with_positions", "plan_128"])
@@ -337,6 +399,20 @@ def test_a_long_causal_mask_masks_only_its_diagonal() -> None:
     assert len(blocks) == n // 128
     assert masked == 100 * 128
     assert full == sum(n - 128 * (i + 1) for i in range(100)), "the longest blocks come first"
+
+
+@pytest.mark.parametrize("name", LONGCA_MASKS)
+def test_tables_of_a_million_tokens_grow_with_the_tokens_not_their_square(name: str) -> None:
+    n = 1 << 20
+    bands = LONGCA_MASKS[name](n, 42).bands
+    tiles = np.concatenate((bands, np.tile(np.array((0, 64, 0)), (len(bands), 1))), 1)
+    for work in (
+        triton_worklist.query_work(tiles, 128, 128, CPU_DEVICE),
+        triton_worklist.key_work(tiles, 128, 64, 8, CPU_DEVICE),
+    ):
+        assert work is not None
+        assert n // 128 <= work.num_blocks < n // 128 + 2 * len(bands)
+        assert len(work.ranges) < 8 * work.num_blocks
 
 
 def test_positions_that_overflow_are_refused() -> None:

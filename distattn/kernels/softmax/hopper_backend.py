@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from distattn.kernels.protocol import Carry, Case, Extras, why_no_extras
-from distattn.kernels.softmax.hopper_plan import plan_work, takes_plan
+from distattn.kernels.softmax.hopper_plan import pack_of, plan_work, takes_plan
 from distattn.kernels.softmax.triton_backend import (
     Call,
     TritonBackend,
@@ -71,9 +71,10 @@ class HopperBackend(TritonBackend):
         if _is_portable(tiles, extras, group, q.shape[0]):
             super().attend(q, k, v, tiles, carry, group=group, scale=scale, softcap=softcap, extras=extras)
             return
-        work = _query_work(tiles, extras, BLOCK_K, q.device)
+        pack = _pack(extras)
+        work = _query_work(tiles, extras, BLOCK_K // pack, q.device)
         if work is not None:
-            _forward(q, k, v, *carry, work, group, scale, whole=False)
+            _forward(q, k, v, *carry, work, group, scale, pack, whole=False)
 
     def attend_whole(
         self, q: Tensor, k: Tensor, v: Tensor, tiles: np.ndarray, *, group: int, scale: float, softcap: float | None,
@@ -82,7 +83,8 @@ class HopperBackend(TritonBackend):
         check_tensors(q=q, k=k, v=v)
         if _is_portable(tiles, extras, group, q.shape[0]):
             return super().attend_whole(q, k, v, tiles, group=group, scale=scale, softcap=softcap, extras=extras)
-        work = _query_work(tiles, extras, BLOCK_K, q.device)
+        pack = _pack(extras)
+        work = _query_work(tiles, extras, BLOCK_K // pack, q.device)
         batch, rows, heads, _ = q.shape
         out = torch.empty_like(q, memory_format=torch.contiguous_format)
         lse = torch.empty((batch, heads, rows), dtype=torch.float32, device=q.device).transpose(1, 2)
@@ -90,7 +92,7 @@ class HopperBackend(TritonBackend):
             out.zero_()
             lse.fill_(float("-inf"))
         if work is not None:
-            _forward(q, k, v, out, lse, lse, work, group, scale, whole=True)
+            _forward(q, k, v, out, lse, lse, work, group, scale, pack, whole=True)
         return out, lse
 
     def call(
@@ -110,15 +112,20 @@ class _Call(Call):
     def key_work(self) -> WorkList | None:
         if self.extras.blocks is None:
             return key_work(self.tiles, BLOCK_K, DKDV_BLOCK_Q, self.group, self.q.device)
+        if _pack(self.extras) > 1:
+            return super().key_work()
         return plan_work(self.tiles, self.extras.blocks, DKDV_BLOCK_Q, self.group, self.q.device)
 
     def add_dq(self, work: WorkList, do: Tensor, lse: Tensor, delta: Tensor, dq: Tensor) -> None:
-        kernel = _kernel("dq")
-        grid = (work.num_blocks * self.group * -(-work.num_heads // self.group), self.q.shape[0])
-        constants = {"BLOCK_K": DQ_BLOCK_K, "STAGES": DQ_STAGES}
+        kernel, pack = _kernel("dq"), _pack(self.extras)
+        grid = (work.num_blocks * (self.group // pack) * -(-work.num_heads // self.group), self.q.shape[0])
+        constants = {"BLOCK_K": DQ_BLOCK_K, "STAGES": DQ_STAGES, "PACK": pack}
         _launch_backward(self, kernel, grid, work, DQ_BLOCK_K, do, lse, delta, (dq,), constants)
 
     def add_dkdv(self, work: WorkList, do: Tensor, lse: Tensor, delta: Tensor, dk: Tensor, dv: Tensor) -> None:
+        if _pack(self.extras) > 1:
+            super().add_dkdv(work, do, lse, delta, dk, dv)
+            return
         kernel = _kernel("dkdv")
         grid = (work.num_blocks * work.num_heads, self.q.shape[0])
         _launch_backward(self, kernel, grid, work, HALF, do, lse, delta, (dk, dv), {"STAGES": DKDV_STAGES})
@@ -152,6 +159,11 @@ def _is_portable(tiles: np.ndarray, extras: Extras | None, group: int, batch: in
     return not takes_plan(extras.blocks, tiles, group)
 
 
+def _pack(extras: Extras | None) -> int:
+    """Query heads a program; of several it takes as many fewer rows each, and fewer keys a step."""
+    return 1 if extras is None or extras.blocks is None else pack_of(extras.blocks)
+
+
 def _query_work(tiles: np.ndarray, extras: Extras | None, block_k: int, device: torch.device) -> WorkList | None:
     if extras is None or extras.blocks is None:
         return query_work(tiles, BLOCK_Q, block_k, device)
@@ -159,24 +171,25 @@ def _query_work(tiles: np.ndarray, extras: Extras | None, block_k: int, device: 
 
 
 def _forward(
-    q: Tensor, k: Tensor, v: Tensor, acc: Tensor, m: Tensor, l: Tensor, work: WorkList, group: int, scale: float, *, whole: bool
-) -> None:
+    q: Tensor, k: Tensor, v: Tensor, acc: Tensor, m: Tensor, l: Tensor, work: WorkList, group: int, scale: float, pack: int,
+    *, whole: bool,
+) -> None:  # fmt: skip
     """Launch a program for each block and head, or, where that is as balanced, as many as the device runs at once."""
     if scale < 0:
         # A maximum of scores is scaled after it is taken.
         q, scale = -q, -scale
-    num_chunks = -(-work.num_heads // group)
-    num_items = work.num_blocks * num_chunks * group * q.shape[0]
+    num_chunks, block_k = -(-work.num_heads // group), BLOCK_K // pack
+    num_items = work.num_blocks * num_chunks * (group // pack) * q.shape[0]
     kernel = _kernel("forward")
     num_programs = min(num_items, _num_multiprocessors(q.device))
-    if _busiest(work, num_chunks * q.shape[0], group, num_programs) > MAX_BUSIEST:
+    if _busiest(work, num_chunks * q.shape[0], group // pack, num_programs) > MAX_BUSIEST:
         num_programs = num_items
     with torch.cuda.device_of(q):
         kernel[num_programs,](
-            _descriptor(q, BLOCK_Q // 2), _descriptor(k, BLOCK_K), _descriptor(v, BLOCK_K), acc, m, l,
+            _descriptor(q, BLOCK_Q // 2), _descriptor(k, block_k), _descriptor(v, block_k), acc, m, l,
             work.blocks, work.ranges, num_items, work.num_blocks, work.num_long, num_chunks, group,
             scale * math.log2(math.e), *row_strides(acc, m, l),
-            D=q.shape[-1], BLOCK_K=BLOCK_K, STAGES=FORWARD_STAGES, WHOLE=whole, num_warps=4,
+            D=q.shape[-1], BLOCK_K=block_k, STAGES=FORWARD_STAGES * pack, WHOLE=whole, PACK=pack, num_warps=4,
         )  # fmt: skip
 
 

@@ -30,26 +30,28 @@ from distattn.kernels.softmax.hopper_forward import ROWS, copy_rows, steps_of, t
 
 
 @gluon.jit
-def _item(blocks, num_blocks, num_long, group):
-    """(block's line, head, batch): heads of a KV group are neighbours; the groups take turns."""
-    i_program = gl.program_id(0)
-    i_block, i_group = turn(i_program // group, gl.num_programs(0) // (num_blocks * group), num_blocks, num_long)
+def _item(blocks, num_blocks, num_long, group, PACK: gl.constexpr):
+    """(block's line, first head, batch): heads of a KV group are neighbours; the groups take turns."""
+    i_program, num_packs = gl.program_id(0), group // PACK
+    i_block, i_group = turn(i_program // num_packs, gl.num_programs(0) // (num_blocks * num_packs), num_blocks, num_long)
     p_block = blocks + i_block * 8
-    return p_block, gl.load(p_block + 5) + i_group * group + i_program % group, gl.program_id(1)
+    return p_block, gl.load(p_block + 5) + i_group * group + i_program % num_packs * PACK, gl.program_id(1)
 
 
 @gluon.jit
 def _producer(
     q_desc, k_desc, v_desc, do_desc, q_s, k_s, v_s, do_s, rows_full, k_full, v_full, empty, landed,
-    blocks, ranges, num_blocks, num_long, group, D: gl.constexpr, BLOCK_K: gl.constexpr, STAGES: gl.constexpr,
+    blocks, ranges, num_blocks, num_long, group,
+    D: gl.constexpr, BLOCK_K: gl.constexpr, STAGES: gl.constexpr, PACK: gl.constexpr,
 ):  # fmt: skip
-    p_block, i_h, i_b = _item(blocks, num_blocks, num_long, group)
+    p_block, i_h, i_b = _item(blocks, num_blocks, num_long, group, PACK)
     if i_h < gl.load(p_block + 6):
         row0, full, end = gl.load(p_block), gl.load(p_block + 2), gl.load(p_block + 4)
         mbarrier.expect(rows_full, 4 * ROWS * D * 2)
         for w in gl.static_range(2):
-            tma.async_copy_global_to_shared(q_desc, [i_b, i_h, row0 + w * ROWS, 0], rows_full, q_s.index(w))
-            tma.async_copy_global_to_shared(do_desc, [i_b, i_h, row0 + w * ROWS, 0], rows_full, do_s.index(w))
+            place = [i_b, i_h + w * (PACK - 1), row0 + w * (2 - PACK) * ROWS, 0]
+            tma.async_copy_global_to_shared(q_desc, place, rows_full, q_s.index(w))
+            tma.async_copy_global_to_shared(do_desc, place, rows_full, do_s.index(w))
         n, num_landed = 0, 0
         for i_range in range(full, end):
             p_range = ranges + i_range * 8
@@ -113,17 +115,19 @@ def _consumer(
     q_s, k_s, v_s, do_s, rows_full, k_full, v_full, empty, lse, delta, dq,
     blocks, ranges, num_blocks, num_long, group, score_scale, out_scale, stride_lb, stride_lh,
     stride_dqb, stride_dqn, stride_dqh,
-    WG: gl.constexpr, D: gl.constexpr, BLOCK_K: gl.constexpr, STAGES: gl.constexpr, WHOLE: gl.constexpr,
+    WG: gl.constexpr, D: gl.constexpr, BLOCK_K: gl.constexpr, STAGES: gl.constexpr, WHOLE: gl.constexpr, PACK: gl.constexpr,
 ):  # fmt: skip
     s_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_K, 16])
     o_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D, 16])
-    p_block, i_h, i_b = _item(blocks, num_blocks, num_long, group)
+    p_block, i_h, i_b = _item(blocks, num_blocks, num_long, group, PACK)
     if i_h < gl.load(p_block + 6):
         row0, row1 = gl.load(p_block), gl.load(p_block + 1)
         full, boundary, end = gl.load(p_block + 2), gl.load(p_block + 3), gl.load(p_block + 4)
         num_full = steps_of(ranges, full, boundary)
         num_steps = num_full + steps_of(ranges, boundary, end)
-        o_q = row0 + WG * ROWS + gl.arange(0, ROWS, gl.SliceLayout(1, s_layout))
+        i_h += WG * (PACK - 1)
+        row0 += WG * (2 - PACK) * ROWS
+        o_q = row0 + gl.arange(0, ROWS, gl.SliceLayout(1, s_layout))
         line = i_b.to(gl.int64) * stride_lb + i_h.to(gl.int64) * stride_lh
         b_lse = gl.load(lse + line + o_q, mask=o_q < row1, other=float("inf"))
         b_delta = gl.load(delta + line + o_q, mask=o_q < row1, other=0.0)
@@ -152,7 +156,7 @@ def _consumer(
                 )  # fmt: skip
                 n += 1
 
-        o_r = row0 + WG * ROWS + gl.arange(0, ROWS, gl.SliceLayout(1, o_layout))
+        o_r = row0 + gl.arange(0, ROWS, gl.SliceLayout(1, o_layout))
         o_d = gl.arange(0, D, gl.SliceLayout(0, o_layout))
         m_r = (o_r < row1)[:, None]
         p_dq = dq + i_b.to(gl.int64) * stride_dqb + i_h.to(gl.int64) * stride_dqh
@@ -167,9 +171,12 @@ def _consumer(
 def dq_kernel(
     q_desc, k_desc, v_desc, do_desc, lse, delta, dq, blocks, ranges, num_blocks, num_long, stride_lb, stride_lh, group,
     score_scale, out_scale, stride_dqb, stride_dqn, stride_dqh,
-    D: gl.constexpr, BLOCK_K: gl.constexpr, STAGES: gl.constexpr, WHOLE: gl.constexpr,
+    D: gl.constexpr, BLOCK_K: gl.constexpr, STAGES: gl.constexpr, WHOLE: gl.constexpr, PACK: gl.constexpr,
 ):  # fmt: skip
-    """q, do and k, v: descriptors of [B, H, N, D] with blocks of 64 and BLOCK_K rows. lse in powers of two, +∞ for no key."""
+    """q, do and k, v: descriptors of [B, H, N, D] with blocks of 64 and BLOCK_K rows. lse in powers of two, +∞ for no key.
+
+    PACK: as for the forward.
+    """
     dtype: gl.constexpr = q_desc.dtype
     q_s = gl.allocate_shared_memory(dtype, [2, 1, 1, ROWS, D], q_desc.layout)
     do_s = gl.allocate_shared_memory(dtype, [2, 1, 1, ROWS, D], do_desc.layout)
@@ -195,7 +202,7 @@ def dq_kernel(
                 (
                     q_s, k_s, v_s, do_s, rows_full, k_full, v_full, empty, lse, delta, dq,
                     blocks, ranges, num_blocks, num_long, group, score_scale, out_scale, stride_lb, stride_lh,
-                    stride_dqb, stride_dqn, stride_dqh, gl.constexpr(0), D, BLOCK_K, STAGES, WHOLE,
+                    stride_dqb, stride_dqn, stride_dqh, gl.constexpr(0), D, BLOCK_K, STAGES, WHOLE, PACK,
                 ),
             ),
             (
@@ -203,14 +210,14 @@ def dq_kernel(
                 (
                     q_s, k_s, v_s, do_s, rows_full, k_full, v_full, empty, lse, delta, dq,
                     blocks, ranges, num_blocks, num_long, group, score_scale, out_scale, stride_lb, stride_lh,
-                    stride_dqb, stride_dqn, stride_dqh, gl.constexpr(1), D, BLOCK_K, STAGES, WHOLE,
+                    stride_dqb, stride_dqn, stride_dqh, gl.constexpr(1), D, BLOCK_K, STAGES, WHOLE, PACK,
                 ),
             ),
             (
                 _producer,
                 (
                     q_desc, k_desc, v_desc, do_desc, q_s, k_s, v_s, do_s, rows_full, k_full, v_full, empty, landed,
-                    blocks, ranges, num_blocks, num_long, group, D, BLOCK_K, STAGES,
+                    blocks, ranges, num_blocks, num_long, group, D, BLOCK_K, STAGES, PACK,
                 ),
             ),
         ],

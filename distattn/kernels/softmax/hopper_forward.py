@@ -81,8 +81,8 @@ def turn(i, num_heads, num_blocks, num_long):
 
 
 @gluon.jit
-def _item(blocks, i_wave, num_items, num_blocks, num_long, num_chunks, group):
-    """(block's line, head, batch, whether there is work) of this program's turn.
+def _item(blocks, i_wave, num_items, num_blocks, num_long, num_chunks, group, PACK: gl.constexpr):
+    """(block's line, first head, batch, whether there is work) of this program's turn.
 
     Heads of one KV group are neighbours; the groups of all batches take turns. Every other wave runs backwards, as blocks fall
     in cost.
@@ -91,9 +91,10 @@ def _item(blocks, i_wave, num_items, num_blocks, num_long, num_chunks, group):
     i_item = i_wave * size + gl.where(i_wave % 2 == 0, i_program, size - 1 - i_program)
     inside = i_item < num_items
     i_item = gl.where(inside, i_item, 0)
-    i_block, i_group = turn(i_item // group, num_items // (num_blocks * group), num_blocks, num_long)
+    num_packs = group // PACK
+    i_block, i_group = turn(i_item // num_packs, num_items // (num_blocks * num_packs), num_blocks, num_long)
     p_block = blocks + i_block * 8
-    i_h = gl.load(p_block + 5) + (i_group % num_chunks) * group + i_item % group
+    i_h = gl.load(p_block + 5) + (i_group % num_chunks) * group + i_item % num_packs * PACK
     return p_block, i_h, i_group // num_chunks, inside & (i_h < gl.load(p_block + 6))
 
 
@@ -101,18 +102,19 @@ def _item(blocks, i_wave, num_items, num_blocks, num_long, num_chunks, group):
 def _producer(
     q_desc, k_desc, v_desc, q_s, k_s, v_s, q_full, q_empty, k_full, v_full, empty, landed,
     blocks, ranges, num_items, num_blocks, num_long, num_chunks, group,
-    D: gl.constexpr, BLOCK_K: gl.constexpr, STAGES: gl.constexpr,
+    D: gl.constexpr, BLOCK_K: gl.constexpr, STAGES: gl.constexpr, PACK: gl.constexpr,
 ):  # fmt: skip
     n, num_q, num_landed = 0, 0, 0
     for i_wave in range(gl.cdiv(num_items, gl.num_programs(0))):
-        p_block, i_h, i_b, is_work = _item(blocks, i_wave, num_items, num_blocks, num_long, num_chunks, group)
+        p_block, i_h, i_b, is_work = _item(blocks, i_wave, num_items, num_blocks, num_long, num_chunks, group, PACK)
         if is_work:
             row0 = gl.load(p_block)
             full, boundary, end = gl.load(p_block + 2), gl.load(p_block + 3), gl.load(p_block + 4)
             mbarrier.wait(q_empty, (num_q & 1) ^ 1)
             mbarrier.expect(q_full, 2 * ROWS * D * 2)
-            tma.async_copy_global_to_shared(q_desc, [i_b, i_h, row0, 0], q_full, q_s.index(0))
-            tma.async_copy_global_to_shared(q_desc, [i_b, i_h, row0 + ROWS, 0], q_full, q_s.index(1))
+            for w in gl.static_range(2):
+                place = [i_b, i_h + w * (PACK - 1), row0 + w * (2 - PACK) * ROWS, 0]
+                tma.async_copy_global_to_shared(q_desc, place, q_full, q_s.index(w))
             num_q += 1
             num_boundary = end - boundary
             for i in range(end - full):
@@ -195,7 +197,7 @@ def _consumer(
     q_s, k_s, v_s, q_full, q_empty, k_full, v_full, empty, my_turn, other_turn,
     acc, m, l, blocks, ranges, num_items, num_blocks, num_long, num_chunks, group, score_scale,
     stride_ab, stride_an, stride_ah, stride_mb, stride_mn, stride_mh, stride_lb, stride_ln, stride_lh,
-    WG: gl.constexpr, D: gl.constexpr, BLOCK_K: gl.constexpr, STAGES: gl.constexpr, WHOLE: gl.constexpr,
+    WG: gl.constexpr, D: gl.constexpr, BLOCK_K: gl.constexpr, STAGES: gl.constexpr, WHOLE: gl.constexpr, PACK: gl.constexpr,
 ):  # fmt: skip
     s_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_K, 16])
     o_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D, 16])
@@ -203,17 +205,18 @@ def _consumer(
     o_rows: gl.constexpr = gl.SliceLayout(1, o_layout)
     n, num_q = 0, 0
     for i_wave in range(gl.cdiv(num_items, gl.num_programs(0))):
-        p_block, i_h, i_b, is_work = _item(blocks, i_wave, num_items, num_blocks, num_long, num_chunks, group)
+        p_block, i_h, i_b, is_work = _item(blocks, i_wave, num_items, num_blocks, num_long, num_chunks, group, PACK)
         if is_work:
             row0, row1 = gl.load(p_block), gl.load(p_block + 1)
             full, boundary, end = gl.load(p_block + 2), gl.load(p_block + 3), gl.load(p_block + 4)
             num_steps = steps_of(ranges, full, boundary) + steps_of(ranges, boundary, end)
-            i_head, i_batch = i_h.to(gl.int64), i_b.to(gl.int64)
-            o_q = row0 + WG * ROWS + gl.arange(0, ROWS, s_rows)
+            i_head, i_batch = (i_h + WG * (PACK - 1)).to(gl.int64), i_b.to(gl.int64)
+            row0 += WG * (2 - PACK) * ROWS
+            o_q = row0 + gl.arange(0, ROWS, s_rows)
             m_q = o_q < row1
             p_m = m + i_batch * stride_mb + i_head * stride_mh + o_q.to(gl.int64) * stride_mn
             p_l = l + i_batch * stride_lb + i_head * stride_lh + o_q.to(gl.int64) * stride_ln
-            o_row = row0 + WG * ROWS + gl.arange(0, ROWS, o_rows)
+            o_row = row0 + gl.arange(0, ROWS, o_rows)
             o_d = gl.arange(0, D, gl.SliceLayout(0, o_layout))
             p_acc = acc + i_batch * stride_ab + i_head * stride_ah + o_row.to(gl.int64) * stride_an
             p_acc = p_acc[:, None] + o_d[None, :]
@@ -293,9 +296,12 @@ def _consumer(
 def forward_kernel(
     q_desc, k_desc, v_desc, acc, m, l, blocks, ranges, num_items, num_blocks, num_long, num_chunks, group, score_scale,
     stride_ab, stride_an, stride_ah, stride_mb, stride_mn, stride_mh, stride_lb, stride_ln, stride_lh,
-    D: gl.constexpr, BLOCK_K: gl.constexpr, STAGES: gl.constexpr, WHOLE: gl.constexpr,
+    D: gl.constexpr, BLOCK_K: gl.constexpr, STAGES: gl.constexpr, WHOLE: gl.constexpr, PACK: gl.constexpr,
 ):  # fmt: skip
-    """q, k, v: descriptors of [B, H, N, D] with blocks of 64, BLOCK_K and BLOCK_K rows. WHOLE: acc and m take out and LSE."""
+    """q, k, v: descriptors of [B, H, N, D] with blocks of 64, BLOCK_K and BLOCK_K rows. WHOLE: acc and m take out and LSE.
+
+    PACK 1: a program takes up to 128 rows of one head; 2: up to 64 rows of two heads that see the same keys of one KV head.
+    """
     dtype: gl.constexpr = q_desc.dtype
     q_s = gl.allocate_shared_memory(dtype, [2, 1, 1, ROWS, D], q_desc.layout)
     k_s = gl.allocate_shared_memory(dtype, [STAGES, 1, 1, BLOCK_K, D], k_desc.layout)
@@ -327,7 +333,7 @@ def forward_kernel(
                     q_s, k_s, v_s, q_full, q_empty, k_full, v_full, empty, turn_0, turn_1,
                     acc, m, l, blocks, ranges, num_items, num_blocks, num_long, num_chunks, group, score_scale,
                     stride_ab, stride_an, stride_ah, stride_mb, stride_mn, stride_mh, stride_lb, stride_ln, stride_lh,
-                    gl.constexpr(0), D, BLOCK_K, STAGES, WHOLE,
+                    gl.constexpr(0), D, BLOCK_K, STAGES, WHOLE, PACK,
                 ),
             ),
             (
@@ -336,14 +342,14 @@ def forward_kernel(
                     q_s, k_s, v_s, q_full, q_empty, k_full, v_full, empty, turn_1, turn_0,
                     acc, m, l, blocks, ranges, num_items, num_blocks, num_long, num_chunks, group, score_scale,
                     stride_ab, stride_an, stride_ah, stride_mb, stride_mn, stride_mh, stride_lb, stride_ln, stride_lh,
-                    gl.constexpr(1), D, BLOCK_K, STAGES, WHOLE,
+                    gl.constexpr(1), D, BLOCK_K, STAGES, WHOLE, PACK,
                 ),
             ),
             (
                 _producer,
                 (
                     q_desc, k_desc, v_desc, q_s, k_s, v_s, q_full, q_empty, k_full, v_full, empty, landed,
-                    blocks, ranges, num_items, num_blocks, num_long, num_chunks, group, D, BLOCK_K, STAGES,
+                    blocks, ranges, num_items, num_blocks, num_long, num_chunks, group, D, BLOCK_K, STAGES, PACK,
                 ),
             ),
         ],

@@ -20,10 +20,11 @@ from torch import Tensor
 
 from distattn.kernels.block_plan import BlockLists, BlockOperand
 from distattn.kernels.protocol import T_SHIFT
+from distattn.kernels.softmax.triton_backend import heads_alike
 from distattn.kernels.softmax.triton_worklist import WorkList, build_for_plan, expand, order_of_blocks, table_bytes
 
-PLAN_BLOCK = 128
-"""Rows and columns of the plans' blocks that the kernels take: those of their own blocks."""
+PROGRAM_ROWS = 128
+"""Query rows of a program: of one head, or half of them of each of two."""
 MAX_RANGES = 1 << 23
 """A range takes 32 bytes, and five times as many while they are made."""
 LINE_BITS = 31
@@ -49,7 +50,8 @@ class _Lines:
 def takes_plan(operand: BlockOperand, tiles: np.ndarray, group: int) -> bool:
     """Whether these kernels compute under the plan; it is the portable ones' otherwise.
 
-    They take blocks of 128, one plan for the batch, KV heads that follow one plan head each, and tiles of one slot.
+    They take blocks of 128, or of 64 where query heads go in pairs, one plan for the batch, KV heads that follow one plan head
+    each, and tiles of one slot.
     """
     key = ("taken", *_tables(tiles, operand), operand.heads, group)
     if key not in operand.plan.work_lists:
@@ -59,7 +61,9 @@ def takes_plan(operand: BlockOperand, tiles: np.ndarray, group: int) -> bool:
 
 def _takes_plan(operand: BlockOperand, tiles: np.ndarray, group: int) -> bool:
     plan, offsets = operand.plan, operand.offsets_of(tiles)
-    if (plan.block_q, plan.block_k, plan.batch) != (PLAN_BLOCK, PLAN_BLOCK, 1) or not len(tiles):
+    if plan.block_q != plan.block_k or plan.batch != 1 or not len(tiles):
+        return False
+    if heads_alike(tiles, operand, group) % pack_of(operand):
         return False
     heads, shifts = np.unique(offsets[:, 2]), np.unique(tiles[:, T_SHIFT])
     if len(heads) > 1 or len(shifts) > 1 or (heads[0] - shifts[0]) % group or operand.heads // plan.heads % group:
@@ -67,6 +71,11 @@ def _takes_plan(operand: BlockOperand, tiles: np.ndarray, group: int) -> bool:
     num_entries = len(plan.full.blocks) + len(plan.partial.blocks)
     found = (_lines_of(tiles, operand, x, plan.device) for x in (0, group))
     return all(x is None or x.most_uses * num_entries <= MAX_RANGES for x in found)
+
+
+def pack_of(operand: BlockOperand) -> int:
+    """Query heads a program: two under blocks of 64, one for each consumer."""
+    return PROGRAM_ROWS // operand.plan.block_q
 
 
 def plan_work(
@@ -78,7 +87,8 @@ def plan_work(
     if key not in plan.work_lists:
         static = _lines_of(tiles, operand, group, device)
         lists = plan.transposed if group else (plan.full, plan.partial)
-        plan.work_lists[key] = None if static is None else _work(static, lists, block_columns, max(1, group))
+        size = plan.block_q if group else plan.block_k
+        plan.work_lists[key] = None if static is None else _work(static, lists, size, block_columns, max(1, group))
     return plan.work_lists[key]
 
 
@@ -88,17 +98,17 @@ def _tables(tiles: np.ndarray, operand: BlockOperand) -> tuple[bytes, bytes]:
 
 def _lines_of(tiles: np.ndarray, operand: BlockOperand, group: int, device: torch.device) -> _Lines | None:
     plan = operand.plan
-    num_lists = -(-(plan.num_keys if group else plan.num_queries) // PLAN_BLOCK)
-    return _lines(*_tables(tiles, operand), plan.heads, operand.heads, num_lists, group, str(device))
+    size, num_rows = (plan.block_k, plan.num_keys) if group else (plan.block_q, plan.num_queries)
+    return _lines(*_tables(tiles, operand), plan.heads, operand.heads, size, -(-num_rows // size), group, str(device))
 
 
 @lru_cache(maxsize=64)
 def _lines(
-    table: bytes, offset_table: bytes, plan_heads: int, model_heads: int, num_lists: int, group: int, device: str
+    table: bytes, offset_table: bytes, plan_heads: int, model_heads: int, size: int, num_lists: int, group: int, device: str
 ) -> _Lines | None:
     """Layers and steps replay the same tables, whatever their plans."""
     tiles, offsets = np.frombuffer(table, np.int64).reshape(-1, 9), np.frombuffer(offset_table, np.int64).reshape(-1, 3)
-    blocks, ranges = build_for_plan(tiles, offsets, PLAN_BLOCK, group)
+    blocks, ranges = build_for_plan(tiles, offsets, size, group)
     if not len(blocks):
         return None
     # Rows are query heads, or KV heads: of the arena, and so many more in the model.
@@ -116,7 +126,7 @@ def _lines(
     block, plan_head, own0, own1, own_cost = (x[order] for x in (block, plan_head, own0, own1, own_cost))
     lines = np.stack((row0[block], row1[block], own0, own1, own_cost), 1)
     line, step = expand((end - begin)[block])
-    the_list = (plan_head * num_lists + row[block] // PLAN_BLOCK)[line]
+    the_list = (plan_head * num_lists + row[block] // size)[line]
     of_use = ranges[begin[block][line] + step]
     uses = np.concatenate((np.stack((line, the_list), 1), of_use[:, :8], lines[line, :2]), 1)
     costs = own_cost / (own1 - own0)
@@ -125,13 +135,13 @@ def _lines(
     return _Lines(lines_there, uses_there, most_uses, num_heads, num_long, costs)
 
 
-def _work(static: _Lines, lists: tuple[BlockLists, BlockLists], block_columns: int, group: int) -> WorkList:
-    """group: query heads of a row head, at most."""
+def _work(static: _Lines, lists: tuple[BlockLists, BlockLists], size: int, block_columns: int, group: int) -> WorkList:
+    """size: columns of the plan's blocks. group: query heads of a row head, at most."""
     line, the_list, start, stop, lo, hi, h0, h1, shift, column, row0, row1 = static.uses.T
     use, block, inside = _entries(lists, the_list, static.most_uses)
-    first = block.long() * PLAN_BLOCK - column[use]
+    first = block.long() * size - column[use]
     start = torch.maximum(start[use], first)
-    stop = torch.minimum(stop[use], first + PLAN_BLOCK)
+    stop = torch.minimum(stop[use], first + size)
     seen_by_all = (start - row1[use] + 1 >= lo[use]) & (stop - 1 - row0[use] <= hi[use])
     kind = torch.where(seen_by_all & ((stop - start) % block_columns == 0), FULL, BOUNDARY)
     kind = kind.masked_fill(~inside | (start >= stop), EMPTY)

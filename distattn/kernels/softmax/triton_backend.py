@@ -19,7 +19,7 @@ from torch import Tensor
 
 from distattn.errors import InputError
 from distattn.kernels.block_plan import BlockLists, BlockOperand, BlockPlan
-from distattn.kernels.protocol import Carry, Case, Extras
+from distattn.kernels.protocol import T_H0, T_H1, T_SHIFT, Carry, Case, Extras
 from distattn.kernels.softmax.triton_configs import (
     INTERPRETER_CONFIGS,
     LaunchConfig,
@@ -132,7 +132,8 @@ class TritonBackend:
         _check_extras(q, k, extras)
         if extras.blocks is not None:
             extras.blocks.check(tiles, q.shape[0])
-            configs = plan_configs(configs, extras.blocks.plan.block_q, extras.blocks.plan.block_k)
+            plan = extras.blocks.plan
+            configs = plan_configs(configs, plan.block_q, plan.block_k, heads_alike(tiles, extras.blocks, group))
         return Call(q, k, v, tiles, group, scale, _score_numbers(scale, softcap), extras, configs, whole)
 
 
@@ -189,8 +190,9 @@ class Call:
         """lse [B, H, N] as from ``powers``, delta [B, H, N]."""
         _, inputs, numbers, strides = self._backward_arguments(do, lse, delta)
         config = self.configs.dq
+        pack = 1 if self._operand is None else config.pack
         self._launch(
-            "dq", self._query_grid(work), config, *inputs, dq, work.blocks, work.ranges,
+            "dq", self._query_grid(work, pack), config, *inputs, dq, work.blocks, work.ranges,
             *self._lists(work, config.block_q, transposed=False), work.num_blocks, work.num_long, *numbers, *strides,
             *row_strides(dq),
         )  # fmt: skip
@@ -242,8 +244,9 @@ class Call:
         lists = (full.starts, full.blocks, partial.starts, partial.blocks)
         return (plan.positions[table], *lists, plan.heads, plan.batch, operand.heads, num_lists, num_ranges)
 
-    def _query_grid(self, work: WorkList) -> tuple[int, int]:
-        return work.num_blocks * self.group * -(-work.num_heads // self.group), self.q.shape[0]
+    def _query_grid(self, work: WorkList, pack: int = 1) -> tuple[int, int]:
+        """pack: query heads a program."""
+        return work.num_blocks * (self.group // pack) * -(-work.num_heads // self.group), self.q.shape[0]
 
     def _launch(self, name: str, grid: tuple[int, int], config: LaunchConfig, *arguments: object) -> None:
         """Launch a kernel, with fewer stages where the device's shared memory does not hold as many."""
@@ -256,6 +259,7 @@ class Call:
         direction, prefix = "forward" if name == "forward" else "backward", ""
         if self._operand is not None:
             constants |= {"PLAN_Q": self._operand.plan.block_q, "PLAN_K": self._operand.plan.block_k}
+            constants |= {"PACK": config.pack} if name == "dq" else {}
             prefix = "plan_"
         kernel = getattr(_kernels(prefix + direction), f"{prefix}{name}_kernel")
 
@@ -265,6 +269,16 @@ class Call:
 
         key = (kernel, config, self.q.dtype, self.q.device, *constants.values())
         _with_fewer_stages(launch, key, config)
+
+
+def heads_alike(tiles: np.ndarray, operand: BlockOperand, group: int) -> int:
+    """Every so many query heads, from the first of a table int64 [N, 9] on, share tiles, a KV head and a plan head."""
+    if not len(tiles):
+        return 1
+    first = tiles[0, T_H0]
+    own = [group, operand.heads // operand.plan.heads]
+    where = [tiles[:, T_H0] - first, tiles[:, T_H1] - first, tiles[:, T_SHIFT] + first, operand.offsets_of(tiles)[:, 2] + first]
+    return int(np.gcd.reduce(np.concatenate([own, *where])))
 
 
 def _positions(work: WorkList, plan: BlockPlan, full: BlockLists, partial: BlockLists, *, transposed: bool) -> Tensor:

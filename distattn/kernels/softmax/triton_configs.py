@@ -5,6 +5,7 @@ Measured on an H100; elsewhere plausible. Shared memory that does not suffice co
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
@@ -15,12 +16,16 @@ MIN_BLOCK_DIM = 16
 
 @dataclass(frozen=True)
 class LaunchConfig:
-    """Rows a block (queries, keys), warps a program, and how many column blocks are in flight."""
+    """Rows a block (queries, keys), warps a program, and how many column blocks are in flight.
+
+    pack: query heads a program of dq under a block plan, a power of two. All other kernels take one.
+    """
 
     block_q: int
     block_k: int
     num_warps: int
     num_stages: int
+    pack: int = 1
 
 
 @dataclass(frozen=True)
@@ -47,7 +52,7 @@ SINGLE_CONFIGS: Mapping[int, LaunchConfigs] = {
     128: LaunchConfigs(LaunchConfig(16, 32, 4, 1), LaunchConfig(32, 32, 4, 1), LaunchConfig(32, 32, 4, 1)),
     256: LaunchConfigs(LaunchConfig(16, 16, 4, 1), LaunchConfig(16, 16, 4, 1), LaunchConfig(16, 16, 4, 1)),
 }
-INTERPRETER_CONFIG = LaunchConfig(32, 32, 1, 1)
+INTERPRETER_CONFIG = LaunchConfig(32, 32, 1, 1, 4)
 INTERPRETER_CONFIGS = LaunchConfigs(INTERPRETER_CONFIG, INTERPRETER_CONFIG, INTERPRETER_CONFIG)
 
 
@@ -64,16 +69,21 @@ def launch_configs(head_dim: int, value_dim: int, dtype: torch.dtype, capability
     return HALF_CONFIGS[capability >= (9, 0), width]
 
 
-def plan_configs(configs: LaunchConfigs, block_q: int, block_k: int) -> LaunchConfigs:
-    """The configurations, with blocks no larger than those of a block plan."""
+def plan_configs(configs: LaunchConfigs, block_q: int, block_k: int, heads_alike: int = 1) -> LaunchConfigs:
+    """The configurations, with blocks no larger than those of a block plan, and packs of heads that follow the same lists.
 
-    def within(config: LaunchConfig) -> LaunchConfig:
+    heads_alike: every so many query heads, from a table's first on, do.
+    """
+
+    def within(config: LaunchConfig, pack: int = 1) -> LaunchConfig:
         rows, keys = min(config.block_q, block_q), min(config.block_k, block_k)
         # Warps share the rows of a product, 16 a warp, and a block of 64 rows has work for four.
-        warps = 4 if max(rows, keys) == 64 else config.num_warps
-        return replace(config, block_q=rows, block_k=keys, num_warps=min(warps, config.num_warps))
+        warps = 4 if max(rows * pack, keys) == 64 else config.num_warps
+        return replace(config, block_q=rows, block_k=keys, num_warps=min(warps, config.num_warps), pack=pack)
 
-    forward, dq, dkdv = within(configs.forward), within(configs.dq), within(configs.dkdv)
+    # What the plan's blocks leave of the rows of dq, heads with the same keys take: its programs wait for keys from L2.
+    pack = math.gcd(max(configs.dq.pack, configs.dq.block_q // block_q), heads_alike)
+    forward, dq, dkdv = within(configs.forward), within(configs.dq, pack), within(configs.dkdv)
     if forward.num_warps == 8 and forward.num_stages == 3:
         # Two programs of 64 rows a processor hide each other's start: 454 TFLOP/s in place of 398 (H100, blocks of 128, 10 %).
         forward = replace(forward, block_q=64, num_warps=4)

@@ -1,7 +1,8 @@
 """Backward of softmax attention under a block plan, in Triton: dq over the plan's lists, dk and dv over their transposes.
 
 The sums are those of ``triton_backward``; what a program visits is found as in ``triton_plan_forward``. The dk and dv of a
-block of keys go over the lists of every query head of the group in turn, which may be those of different plan heads.
+block of keys go over the lists of every query head of the group in turn, which may be those of different plan heads. A program
+of dq takes PACK query heads that follow the same lists.
 """
 
 from __future__ import annotations
@@ -66,27 +67,34 @@ def plan_dq_kernel(
     D: tl.constexpr, DV: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
     BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, SCORES: tl.constexpr,
     BIAS: tl.constexpr, POSITIONS: tl.constexpr, WHOLE: tl.constexpr, PLAN_Q: tl.constexpr, PLAN_K: tl.constexpr,
+    PACK: tl.constexpr,
 ):  # fmt: skip
-    p_block, i_h, i_b = query_program(blocks, num_blocks, num_long, group)  # pyright: ignore[reportGeneralTypeIssues]
+    p_block, i_pack, i_b = query_program(  # pyright: ignore[reportGeneralTypeIssues]
+        blocks, num_blocks, num_long, group // PACK
+    )
+    first_head = tl.load(p_block + 5)
+    i_h = first_head + (i_pack - first_head) * PACK
     if i_h >= tl.load(p_block + 6):
         return
     row0, row1, first_range, end_range = tl.load(p_block), tl.load(p_block + 1), tl.load(p_block + 2), tl.load(p_block + 4)
     i_plan_row = tl.load(p_block + 3) // PLAN_Q
 
-    o_r = tl.arange(0, BLOCK_Q)
+    # Rows of head i_h, then the same ones of each head behind it: all see the same keys, so that these are read once.
+    o_pack = tl.arange(0, PACK * BLOCK_Q)
+    o_r, i_heads = o_pack % BLOCK_Q, i_h + o_pack // BLOCK_Q
     o_q = row0 + o_r
     o_d = tl.arange(0, BLOCK_D)
     first, num_rows = row0.to(tl.int64), row1 - row0
-    p_q = q + i_b * stride_qb + i_h * stride_qh + first * stride_qn
-    b_q = load_tile(p_q, o_r, o_d, stride_qn, 0, num_rows, D, True)
-    p_do = do + i_b * stride_ob + i_h * stride_oh + first * stride_on
-    b_do = load_tile(p_do, o_r, tl.arange(0, BLOCK_DV), stride_on, 0, num_rows, DV, True)
-    b_lse = load_line(lse + i_b * stride_lse_b + i_h * stride_lse_h + first, o_r, 0, num_rows, float("inf"), True)
-    b_delta = load_line(delta + i_b * stride_delta_b + i_h * stride_delta_h + first, o_r, 0, num_rows, 0.0, True)
+    p_q = q + i_b * stride_qb + i_heads * stride_qh + first * stride_qn
+    b_q = load_tile(p_q[:, None], o_r, o_d, stride_qn, 0, num_rows, D, True)
+    p_do = do + i_b * stride_ob + i_heads * stride_oh + first * stride_on
+    b_do = load_tile(p_do[:, None], o_r, tl.arange(0, BLOCK_DV), stride_on, 0, num_rows, DV, True)
+    b_lse = load_line(lse + i_b * stride_lse_b + i_heads * stride_lse_h + first, o_r, 0, num_rows, float("inf"), True)
+    b_delta = load_line(delta + i_b * stride_delta_b + i_heads * stride_delta_h + first, o_r, 0, num_rows, 0.0, True)
     b_pos_q = 0
     if POSITIONS:
         b_pos_q = load_line(pos_q + row0, o_r, 0, num_rows, 0, True)
-    b_dq = tl.zeros([BLOCK_Q, BLOCK_D], tl.float32)
+    b_dq = tl.zeros([PACK * BLOCK_Q, BLOCK_D], tl.float32)
 
     p_k, p_v, p_bias = k + i_b * stride_kb, v + i_b * stride_vb, bias + i_b * stride_bias_b
     b_dq = _dq_plan(
@@ -103,8 +111,8 @@ def plan_dq_kernel(
         score_scale, cap_scale, stride_kn, stride_kh, stride_vn, stride_vh, stride_bias_h,
         D, DV, BLOCK_K, BLOCK_D, BLOCK_DV, SCORES, BIAS, POSITIONS, PLAN_K, True,
     )  # fmt: skip
-    p_dq = dq + i_b * stride_dqb + i_h * stride_dqh + first * stride_dqn
-    store_sum(p_dq, b_dq * out_scale, o_r, o_d, stride_dqn, num_rows, D, WHOLE)
+    p_dq = dq + i_b * stride_dqb + i_heads * stride_dqh + first * stride_dqn
+    store_sum(p_dq[:, None], b_dq * out_scale, o_r, o_d, stride_dqn, num_rows, D, WHOLE)
 
 
 @triton.jit
