@@ -23,7 +23,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from distattn.errors import InputError, UnsupportedError
 from distattn.kernels.linear import KINDS, Operands, step
-from distattn.kernels.linear.protocol import CONSTANT, NONE, SCALAR, VECTOR, Gradients
+from distattn.kernels.linear.protocol import CONSTANT, NONE, SCALAR, VECTOR, Gradients, nothing_kept
 from distattn.kernels.linear.reference import state_dtype
 from distattn.linear_planning import LinearPlan, LinearRequest, linear_plan_of, plan_linear
 from distattn.parallel.agreement import board_of
@@ -83,8 +83,9 @@ def linear_attention(
     a backend's name. topology: hardware (or its name) that "auto" is for. timeout_s: longest wait for a transfer.
 
     Returns (o [B, T_local, HV, V] in v's dtype, final state or None). Everything is differentiable, decay, beta and
-    initial_state included. Saved for backward: the inputs, and the states (and dense transitions) at this rank's borders. If
-    one rank runs the backward, all must, those without rows too.
+    initial_state included. Saved for backward: the inputs, the states (and dense transitions) at this rank's borders, and what
+    Triton's kernels keep: of a gate a row its running sums in fp32, without one the states that walks begin with, where those
+    take at most a quarter of what q, k and v do. If one rank runs the backward, all must, those without rows too.
 
     Raises InputError naming the argument, UnsupportedError for an unknown kind or where no kernel computes the case,
     PlanError for the exchange, AgreementError where ranks made different calls, TransportError if a transfer fails.
@@ -94,7 +95,7 @@ def linear_attention(
         kernel, options, topology, timeout_s,
     )  # fmt: skip
     factor = q.shape[-1] ** -0.5 if scale is None else float(scale)
-    o, final, _, _ = _linear_attention(q, k, v, decay, beta, initial, plan.handle, factor)
+    o, final, *_ = _linear_attention(q, k, v, decay, beta, initial, plan.handle, factor)
     return o, final.flatten(0, 1) if output_final_state else None
 
 
@@ -262,19 +263,20 @@ def _checked_state(state: Tensor | None, plan: LinearPlan) -> Tensor | None:
     return state.to(shape.dtype).unflatten(0, (shape.batch, plan.num_documents))
 
 
-# The operator. Plans travel as handles, since operators take tensors and numbers only. Its last two outputs are what the
-# backward needs of the exchange: the states that entered late pieces, and their transitions.
+# The operator. Plans travel as handles, since operators take tensors and numbers only. Its last three outputs are for the
+# backward: the states that entered late pieces, their transitions, and what the kernels kept.
 
 
 @torch.library.custom_op("distattn::linear_attention", mutates_args=())
 def _linear_attention(
     q: Tensor, k: Tensor, v: Tensor, g: Tensor | None, beta: Tensor | None, initial: Tensor | None, plan: int, scale: float
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     made = linear_plan_of(plan)
     nothing = _no_states(made)
     if not made.pieces.num_rows:
         _travel(made, made.forward, {}, "forward").finish()
-        return v.new_empty(v.shape), _returned(made, nothing, initial), nothing.clone(), _no_transition(made)
+        returned = _returned(made, nothing, initial)
+        return v.new_empty(v.shape), returned, nothing.clone(), _no_transition(made), nothing_kept(v.device)
     entering = _entering(made, initial)
     running = made.backend.forward_begin(Operands(q, k, v, g, beta, scale), made.pieces, entering)
     transition = _no_transition(made) if running.transition is None else running.transition
@@ -282,25 +284,27 @@ def _linear_attention(
     running.intra()
     late = stack_links(made.numbers[made.pieces.late], travel.finish(), nothing.clone())
     o, final = running.finish(late)
-    return o, _returned(made, final, initial), late, transition
+    return o, _returned(made, final, initial), late, transition, running.kept
 
 
 @_linear_attention.register_fake
 def _(
     q: Tensor, k: Tensor, v: Tensor, g: Tensor | None, beta: Tensor | None, initial: Tensor | None, plan: int, scale: float
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     made = linear_plan_of(plan)
     s = made.state_shape
     tail = (s.heads, s.rows, s.columns)
     final = v.new_empty((s.batch, made.returned_documents, *tail), dtype=s.dtype)
     late = v.new_empty((s.batch, len(made.pieces.late), *tail), dtype=s.dtype)
-    return v.new_empty(v.shape), final, late, v.new_empty(_transition_shape(made), dtype=s.dtype)
+    transition = v.new_empty(_transition_shape(made), dtype=s.dtype)
+    number = made.backend.num_kept(Operands(q, k, v, g, beta, scale), made.pieces) if made.pieces.num_rows else 0
+    return v.new_empty(v.shape), final, late, transition, v.new_empty(number, dtype=torch.float32)
 
 
 @torch.library.custom_op("distattn::linear_attention_backward", mutates_args=())
 def _linear_attention_backward(
     do: Tensor, dfinal: Tensor, q: Tensor, k: Tensor, v: Tensor, g: Tensor | None, beta: Tensor | None,
-    initial: Tensor | None, late: Tensor, transition: Tensor, plan: int, scale: float, with_dg: bool,
+    initial: Tensor | None, late: Tensor, transition: Tensor, kept: Tensor, plan: int, scale: float, with_dg: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     made = linear_plan_of(plan)
     own = _own_gradients(made, dfinal)
@@ -315,7 +319,7 @@ def _linear_attention_backward(
     places = np.searchsorted(made.own_documents, made.documents_of(pieces.final))
     dleft = own.index_select(1, made.index("final", places)) if len(pieces.final) else _no_states(made)
     x = Operands(q, k, v, g, beta, scale, with_dg)
-    running = made.backend.backward_begin(x, pieces, _entering(made, initial), late, do.to(v.dtype), dleft)
+    running = made.backend.backward_begin(x, pieces, _entering(made, initial), late, do.to(v.dtype), dleft, kept)
     maps = _maps(made, pieces.late, running.emitted, transition, adjoint=True)
     travel = _travel(made, made.backward, maps, "backward")
     running.intra()
@@ -327,7 +331,7 @@ def _linear_attention_backward(
 @_linear_attention_backward.register_fake
 def _(
     do: Tensor, dfinal: Tensor, q: Tensor, k: Tensor, v: Tensor, g: Tensor | None, beta: Tensor | None,
-    initial: Tensor | None, late: Tensor, transition: Tensor, plan: int, scale: float, with_dg: bool,
+    initial: Tensor | None, late: Tensor, transition: Tensor, kept: Tensor, plan: int, scale: float, with_dg: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     dtype = state_dtype(q.dtype)
     wanted = (g if with_dg else None, beta)
@@ -336,17 +340,21 @@ def _(
     return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape), rates[0], rates[1], start
 
 
-def _save(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor, Tensor, Tensor]) -> None:
+def _save(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor, Tensor, Tensor, Tensor]) -> None:
     *tensors, ctx.plan, ctx.scale = inputs
     ctx.made = linear_plan_of(ctx.plan)  # keeps the plan alive until the backward has run
+    ctx.final_shape = output[1].shape
+    ctx.set_materialize_grads(False)  # of what was kept nobody wants zeros
     ctx.save_for_backward(*tensors, *output[2:])
 
 
-def _differentiate(ctx: Any, do: Tensor, dfinal: Tensor, *_: Tensor) -> tuple:
-    q, k, v, g, beta, initial, late, transition = ctx.saved_tensors
+def _differentiate(ctx: Any, do: Tensor | None, dfinal: Tensor | None, *_: Tensor | None) -> tuple:
+    q, k, v, g, beta, initial, late, transition, kept = ctx.saved_tensors
+    do = v.new_zeros(v.shape) if do is None else do
+    dfinal = late.new_zeros(ctx.final_shape) if dfinal is None else dfinal
     with_dg = ctx.needs_input_grad[3]
     dq, dk, dv, dg, dbeta, dinitial = _linear_attention_backward(
-        do, dfinal, q, k, v, g, beta, initial, late, transition, ctx.plan, ctx.scale, with_dg
+        do, dfinal, q, k, v, g, beta, initial, late, transition, kept, ctx.plan, ctx.scale, with_dg
     )
     return (
         dq,

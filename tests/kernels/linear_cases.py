@@ -99,15 +99,15 @@ def worst(found: dict[str, Tensor | None], wanted: dict[str, Tensor]) -> dict[st
 
 
 def run_whole(
-    backend: LinearBackend, x: Operands, lengths: list[int], initial: Tensor, do: Tensor, dfinal: Tensor
+    backend: LinearBackend, x: Operands, lengths: list[int], initial: Tensor, do: Tensor, dfinal: Tensor, keep: bool = True
 ) -> dict[str, Tensor | None]:
-    """Documents that lie whole on one rank."""
+    """Documents that lie whole on one rank. keep: the backward is given what the forward kept."""
     pieces = Pieces.whole(lengths, enter=True, final=True)
     nothing = initial[:, :0]
     forward = backend.forward_begin(x, pieces, initial)
     forward.intra()
     o, final = forward.finish(nothing)
-    backward = backend.backward_begin(x, pieces, initial, nothing, do, dfinal)
+    backward = backend.backward_begin(x, pieces, initial, nothing, do, dfinal, forward.kept if keep else None)
     backward.intra()
     grads = backward.finish(nothing)
     names = ("dq", "dk", "dv", "dg", "dbeta", "dinitial")
@@ -136,7 +136,7 @@ def run_pieces(backend: LinearBackend, x: Operands, lengths: list[int]) -> tuple
         part.intra()
     results = [part.finish(state) for part, state in zip(passes, late, strict=True)]
     back = [
-        backend.backward_begin(local[i], pieces[i], entering[i], late[i], do_part, dfinal if i == 2 else empty)
+        backend.backward_begin(local[i], pieces[i], entering[i], late[i], do_part, dfinal if i == 2 else empty, passes[i].kept)
         for i, do_part in enumerate(do.split(lengths, 1))
     ]
     through = follow(passes[1].transition, back[2].emitted, adjoint=True) + back[1].emitted

@@ -83,9 +83,16 @@ SETS = {
 
 
 def sets_errors(
-    kind: str, gate: str, sets: tuple[list[int], ...], num_parts: int = 0, span_chunks: int = 0, with_dg: bool = True
+    kind: str,
+    gate: str,
+    sets: tuple[list[int], ...],
+    num_parts: int = 0,
+    span_chunks: int = 0,
+    with_dg: bool = True,
+    keep: bool = True,
 ) -> dict[str, float]:
-    """In the interpreter's process: against plain torch in fp64, from random states that arrive."""
+    """In the interpreter's process: against plain torch in fp64, from random states that arrive. keep: the backward is given
+    what the forward kept."""
     lengths, *members = sets
     enter, late, emit, final = (np.array(m, np.int64) for m in members)
     pieces = Pieces(np.array(lengths), enter, late, emit, final)
@@ -101,17 +108,20 @@ def sets_errors(
     do = random_gradient(x)
     found, wanted = {}, {}
     exact = Operands(*(None if t is None else t.double() for t in x[:5]), x.scale, with_dg)  # pyright: ignore[reportCallIssue]
-    for backend, inputs, kept in ((TritonLinear(configs, num_parts), x, found), (TorchLinear(), exact, wanted)):
+    for backend, inputs, results in ((TritonLinear(configs, num_parts), x, found), (TorchLinear(), exact, wanted)):
         given = {name: state.to(inputs.v.dtype) for name, state in states.items()}
         with np.errstate(all="ignore"):
             forward = backend.forward_begin(inputs, pieces, given["enter"])
-            kept |= {"emitted": forward.emitted.clone(), "transition": forward.transition}
+            results |= {"emitted": forward.emitted.clone(), "transition": forward.transition}
             forward.intra()
-            kept["o"], kept["final"] = forward.finish(given["late"])
-            backward = backend.backward_begin(inputs, pieces, given["enter"], given["late"], do.to(inputs.v), given["final"])
-            kept["demitted"] = backward.emitted.clone()
+            results["o"], results["final"] = forward.finish(given["late"])
+            assert len(forward.kept) == backend.num_kept(inputs, pieces)
+            backward = backend.backward_begin(
+                inputs, pieces, given["enter"], given["late"], do.to(inputs.v), given["final"], forward.kept if keep else None
+            )
+            results["demitted"] = backward.emitted.clone()
             backward.intra()
-            kept |= {f"grad {name}": value for name, value in backward.finish(given["emit"])._asdict().items()}
+            results |= {f"grad {name}": value for name, value in backward.finish(given["emit"])._asdict().items()}
     return worst(found, {name: value for name, value in wanted.items() if value is not None})
 
 
@@ -148,8 +158,49 @@ def test_pieces_of_every_sort(kind: str, gate: str, num_parts: int, name: str, i
 )
 def test_walks_by_spans(kind: str, gate: str, span_chunks: int, name: str, interpreter: Executor) -> None:
     """Pieces of every sort, of one span and of several, where nobody asks for the gradient of the gate."""
-    errors = interpreter.submit(sets_errors, kind, gate, SETS[name], span_chunks=span_chunks, with_dg=False).result()
+    options = {"span_chunks": span_chunks, "with_dg": False}
+    errors = interpreter.submit(sets_errors, kind, gate, SETS[name], **options).result()
     assert max(errors.values()) < 3e-5, errors
+
+
+@pytest.mark.parametrize(("kind", "gate"), [("lightning", "constant"), ("linear", "none"), ("simple_gla", "scalar")])
+def test_walks_through_many_spans(kind: str, gate: str, interpreter: Executor) -> None:
+    """More than are loaded at once."""
+    sets = ([330, 395], [1], [0], [1], [0])
+    errors = interpreter.submit(sets_errors, kind, gate, sets, span_chunks=1, with_dg=False).result()
+    assert max(errors.values()) < 3e-5, errors
+
+
+@pytest.mark.parametrize("keep", [True, False])
+@pytest.mark.parametrize(("kind", "gate"), [("lightning", "constant"), ("simple_gla", "scalar")])
+def test_gradients_of_gates_by_spans(kind: str, gate: str, keep: bool, interpreter: Executor) -> None:
+    """States of all chunks, made span by span: pieces that start from nothing, from given states and from late ones."""
+    sets = ([330, 5, 200], [1], [0], [2], [0, 1])
+    errors = interpreter.submit(sets_errors, kind, gate, sets, span_chunks=2, keep=keep).result()
+    assert "grad dg" in errors
+    assert max(errors.values()) < 3e-5, errors
+
+
+@pytest.mark.parametrize(("kind", "gate", "span_chunks"), [("lightning", "constant", 2), ("linear", "none", 1)])
+def test_walks_that_make_again_what_the_forward_kept(kind: str, gate: str, span_chunks: int, interpreter: Executor) -> None:
+    options = {"span_chunks": span_chunks, "with_dg": False, "keep": False}
+    errors = interpreter.submit(sets_errors, kind, gate, SETS["ends, whole, begins"], **options).result()
+    assert max(errors.values()) < 3e-5, errors
+
+
+def test_what_the_forward_keeps() -> None:
+    """What enters each span, where that is at most a quarter of q, k and v; or the running sums of a gate a row."""
+    x = make_operands("lightning", "constant", 2, 4096, heads=1, value_heads=2, key_dim=64, value_dim=64, dtype=torch.float16)
+    configs = replace(linear_configs(torch.float16, "constant", False, 64, 64), span_chunks=8)
+    backend = TritonLinear(configs)
+    assert backend.num_kept(x, Pieces.whole([4096])) == 2 * 2 * 8 * (64 * 64 + 1)
+    assert TritonLinear(replace(configs, span_chunks=1)).num_kept(x, Pieces.whole([4096])) == 0
+    assert backend.num_kept(x, Pieces.whole([64] * 64)) == 0
+    scalar = make_operands("simple_gla", "scalar", 1, 4096, heads=1, value_heads=1, key_dim=64, value_dim=64)
+    assert backend.num_kept(scalar, Pieces.whole([4096])) == 4096 + 8 * (64 * 64 + 1)
+    delta = make_operands("delta", "none", 1, 4096, heads=1, value_heads=1, key_dim=64, value_dim=64)
+    assert backend.num_kept(delta, Pieces.whole([4096])) == 0
+    assert TorchLinear().num_kept(x, Pieces.whole([4096])) == 0
 
 
 @pytest.mark.parametrize(

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from distattn.kernels.linear.decay import make_decay
-from distattn.kernels.linear.protocol import VECTOR, Gradients, LinearCase, Operands, Pieces
+from distattn.kernels.linear.protocol import VECTOR, Gradients, LinearCase, Operands, Pieces, nothing_kept
 from distattn.kernels.linear.reference import expand_gate, spread_heads, state_dtype
 
 _CHUNK = 64
@@ -39,8 +39,18 @@ class TorchLinear:
     def forward_begin(self, x: Operands, pieces: Pieces, entering: Tensor) -> _Forward:
         return _Forward(_Chunks(x, pieces), entering)
 
+    def num_kept(self, x: Operands, pieces: Pieces) -> int:
+        return 0
+
     def backward_begin(
-        self, x: Operands, pieces: Pieces, entering: Tensor, late: Tensor, do: Tensor, dfinal: Tensor
+        self,
+        x: Operands,
+        pieces: Pieces,
+        entering: Tensor,
+        late: Tensor,
+        do: Tensor,
+        dfinal: Tensor,
+        kept: Tensor | None = None,
     ) -> _Backward:
         return _Backward(_Chunks(x, pieces), entering, late, do, dfinal)
 
@@ -54,7 +64,7 @@ class _Forward:
         self.states, left = c.run(c.start(pieces.enter, entering), c.written)
         self.left = left
         self.emitted = left[:, c.index(pieces.emit)].contiguous()
-        self.transition = c.transition()
+        self.transition, self.kept = c.transition(), nothing_kept(c.device)
 
     def intra(self) -> None:
         c = self.c

@@ -172,10 +172,13 @@ class ForwardPass(Protocol):
     [B, num_maps, HV] or [B, num_maps, HV, K] (natural log) in the gated decay family; the matrix M [B, num_maps, HV, K, K]
     with S_out = M S_in + emitted in the delta family. Both fp32 (fp64) and contiguous, complete (in stream order) when
     ``forward_begin`` returns, and not written afterwards: another stream reads them while ``intra`` runs.
+
+    kept: what the backward need not make again, fp32 [``num_kept``], in a layout of the backend's own.
     """
 
     emitted: Tensor
     transition: Tensor | None
+    kept: Tensor
 
     def intra(self) -> None:
         """All work that needs no late state."""
@@ -228,9 +231,26 @@ class LinearBackend(Protocol):
         """entering [B, num_enter, HV, K, V] fp32 (fp64): initial states of the pieces in ``enter``."""
         ...
 
+    def num_kept(self, x: Operands, pieces: Pieces) -> int:
+        """How many numbers the forward keeps. Reads shapes, dtypes and devices alone."""
+        ...
+
     def backward_begin(
-        self, x: Operands, pieces: Pieces, entering: Tensor, late: Tensor, do: Tensor, dfinal: Tensor
+        self,
+        x: Operands,
+        pieces: Pieces,
+        entering: Tensor,
+        late: Tensor,
+        do: Tensor,
+        dfinal: Tensor,
+        kept: Tensor | None = None,
     ) -> BackwardPass:
         """late [B, num_late, HV, K, V]: the states that entered the late pieces in the forward. do [B, T, HV, V];
-        dfinal [B, num_final, HV, K, V] fp32 (fp64). Chunk states are recomputed: nothing else was kept."""
+        dfinal [B, num_final, HV, K, V] fp32 (fp64). kept: what the forward kept; what it did not, all of it where None is
+        given, is made again."""
         ...
+
+
+def nothing_kept(device: torch.device) -> Tensor:
+    """``kept`` of passes that keep nothing."""
+    return torch.empty(0, dtype=torch.float32, device=device)

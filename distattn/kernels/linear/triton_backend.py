@@ -13,11 +13,12 @@ import torch
 from torch import Tensor
 
 from distattn.kernels.linear.protocol import VECTOR, BackwardPass, ForwardPass, LinearCase, Operands, Pieces
-from distattn.kernels.linear.triton_configs import LinearConfigs
+from distattn.kernels.linear.triton_configs import LinearConfigs, linear_configs
 from distattn.kernels.linear.triton_decay import DecayBackward, DecayForward
 from distattn.kernels.linear.triton_delta import DeltaBackward, DeltaForward
 from distattn.kernels.linear.triton_self_test import broken
-from distattn.kernels.linear.triton_walks import WalkBackward, WalkForward
+from distattn.kernels.linear.triton_spans import count_kept, spans_for
+from distattn.kernels.linear.triton_walks import ChunkBackward, WalkBackward, WalkForward
 from distattn.kernels.triton_here import why_no_triton
 
 if TYPE_CHECKING:
@@ -57,15 +58,29 @@ class TritonLinear:
             return DeltaForward(call, entering)
         return DecayForward(call, entering) if call.spans is None else WalkForward(call, entering)
 
+    def num_kept(self, x: Operands, pieces: Pieces) -> int:
+        dims = (x.q.shape[3], x.v.shape[3])
+        configs = self._configs or linear_configs(x.q.dtype, x.gate, x.beta is not None, *dims)
+        return sum(count_kept(x, spans_for(x, pieces, configs)))
+
     def backward_begin(
-        self, x: Operands, pieces: Pieces, entering: Tensor, late: Tensor, do: Tensor, dfinal: Tensor
+        self,
+        x: Operands,
+        pieces: Pieces,
+        entering: Tensor,
+        late: Tensor,
+        do: Tensor,
+        dfinal: Tensor,
+        kept: Tensor | None = None,
     ) -> BackwardPass:
-        call = self._call(x, pieces)
+        call = self._call(x, pieces, kept)
         given = (entering.contiguous(), late.contiguous(), dfinal.contiguous(), do.contiguous())
         if call.delta:
             return DeltaBackward(call, *given)
-        return DecayBackward(call, *given) if call.spans is None or call.with_dg else WalkBackward(call, *given)
+        if call.spans is None:
+            return DecayBackward(call, *given)
+        return ChunkBackward(call, *given) if call.with_dg else WalkBackward(call, *given)
 
-    def _call(self, x: Operands, pieces: Pieces) -> Call:
+    def _call(self, x: Operands, pieces: Pieces, kept: Tensor | None = None) -> Call:
         launch = importlib.import_module("distattn.kernels.linear.triton_launch")
-        return launch.Call(x, pieces, self._configs, self._num_parts)
+        return launch.Call(x, pieces, self._configs, self._num_parts, kept)

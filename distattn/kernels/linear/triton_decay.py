@@ -27,7 +27,8 @@ class DecayForward:
     """``ForwardPass``."""
 
     def __init__(self, call: Call, entering: Tensor) -> None:
-        self.call = c = call
+        self.call, self.kept = call, call.kept
+        c = call
         self.emitted, self.final = c.states(len(c.pieces.emit)), c.states(len(c.pieces.final))
         self.has_late, self.fades = len(c.pieces.late) > 0, c.x.g is not None
         self.total = self._begin(entering)
@@ -78,7 +79,6 @@ class DecayBackward:
         self.total = self._begin(entering, late if len(c.pieces.late) else None, dfinal)
 
     def intra(self) -> None:
-        self.beside.join()
         self._local()
         if not self.emits:
             self._gradients(None, ALL)
@@ -110,7 +110,8 @@ class DecayBackward:
         return total
 
     def _local(self) -> None:
-        """Makes the buffers, and what in them needs nothing from other ranks."""
+        """What needs nothing from other ranks, and the buffers of gradients."""
+        self.beside.join()
         self.scores = self.scores._replace(Qr=self.call.q)  # read by nobody any more, and as large as q
         self.found = self.call.gradient_buffers()
 

@@ -32,7 +32,7 @@ class DeltaForward:
         self.scores = c.scores()
         # Only one walk through a chunk stores anything: V' takes the place of U, and below dV' that of dV_in.
         _, self.values, self.W = c.solve(self.scores.overlap)
-        self.h = c.chunk_states()
+        self.h, self.kept = c.chunk_states(), c.kept
         self.emitted, self.final = c.states(len(pieces.emit)), c.states(len(pieces.final))
         self.parts = c.parts()
         direct = np.setdiff1d(np.arange(c.num_pieces), pieces.late)

@@ -5,10 +5,9 @@ A method is one kernel; ``triton_backend.py`` says in which order they run.
 
 from __future__ import annotations
 
-import math
 from copy import copy
 from dataclasses import replace
-from functools import cached_property, lru_cache
+from functools import cached_property
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -29,7 +28,7 @@ from distattn.kernels.linear import (
 from distattn.kernels.linear.protocol import CONSTANT, NONE, SCALAR, VECTOR, Operands, Pieces
 from distattn.kernels.linear.triton_configs import ALL, Launch, LinearConfigs, linear_configs, padded
 from distattn.kernels.linear.triton_parts import Parts, count_parts, parts_of
-from distattn.kernels.linear.triton_spans import Spans, count_span_chunks, spans_of
+from distattn.kernels.linear.triton_spans import CHUNK, MAX_PROGRAMS, Spans, count_kept, num_multiprocessors, spans_for
 
 # Triton types kernels as plain functions, whose launches are no subscripts.
 _chunks: Any = triton_chunks
@@ -39,7 +38,6 @@ _output: Any = triton_output
 _gradient: Any = triton_gradient
 _walk: Any = triton_walk
 
-CHUNK = 64
 _GATES = {NONE: 0, CONSTANT: 1, SCALAR: 2, VECTOR: 3}
 
 
@@ -76,21 +74,19 @@ class SpanStates(NamedTuple):
     through: Tensor
 
 
-MAX_WALK_DIM = 128
-"""Of keys and values that a walk by spans holds whole."""
-
-MAX_PROGRAMS = 65_535
-"""Along the second axis of a CUDA grid, where walks have one for each piece, batch entry and value head."""
-
-_FLAT_BLOCK = 1024
+_FLAT_BLOCK = 256
+"""Of a state, for a program of ``span_states_kernel``: small enough to find room beside the walks of another stream."""
 
 
 class Call:
     """One call's operands, made contiguous, and what launches share. Scratch memory is in the compute dtype: bf16 for bf16
     inputs, else fp32, whose products run in tf32 for fp16 inputs and in three times tf32 for fp32 ones."""
 
-    def __init__(self, x: Operands, pieces: Pieces, configs: LinearConfigs | None, num_parts: int = 0) -> None:
-        """num_parts: of pieces that cross borders, in the delta family; 0: what fills the device."""
+    def __init__(
+        self, x: Operands, pieces: Pieces, configs: LinearConfigs | None, num_parts: int = 0, kept: Tensor | None = None
+    ) -> None:
+        """num_parts: of pieces that cross borders, in the delta family; 0: what fills the device. kept: in the backward, what
+        the forward kept; None or empty: made again."""
         self.q, self.k, self.v = (t.contiguous() for t in (x.q, x.k, x.v))
         self.x, self.pieces, self.scale = x, pieces, float(x.scale)
         self.batch, self.num_rows, self.heads, self.key_dim = x.q.shape
@@ -104,6 +100,10 @@ class Call:
         self.compute = torch.bfloat16 if self.q.dtype == torch.bfloat16 else torch.float32
         self.configs = configs or linear_configs(self.q.dtype, x.gate, self.delta, self.key_dim, self.value_dim)
         self.num_parts = num_parts
+        self.knows = kept is not None and len(kept) > 0
+        counts = count_kept(x, self.spans)
+        self.kept = kept if kept is not None and self.knows else self.q.new_empty(sum(counts), dtype=torch.float32)
+        self._kept_spans, self._kept_sums = self.kept.split(counts)
         self.g = self._gate()
 
     def over(self, pieces: Pieces) -> Call:
@@ -119,23 +119,13 @@ class Call:
         number = self.num_parts
         if not number:
             longest = int(-(-self.pieces.lengths[crossing].max(initial=0) // CHUNK))
-            number = count_parts(self._num_walks(len(crossing)), 2 * _num_multiprocessors(self.device), longest)
+            number = count_parts(self._num_walks(len(crossing)), 2 * num_multiprocessors(self.device), longest)
         return parts_of(self.pieces, number, CHUNK)
 
     @cached_property
     def spans(self) -> Spans | None:
-        """How pieces are cut for walks side by side, or None where outputs and gradients come from states of all chunks: a
-        vector of gates, the delta family, wide heads, and pieces so short that states of spans would take more memory."""
-        if self.delta or self.x.gate == VECTOR or max(self.key_dim, self.value_dim) > MAX_WALK_DIM:
-            return None
-        if self.configs.span_chunks:
-            return spans_of(self.pieces, self.configs.span_chunks * CHUNK)
-        block = min(self.configs.walk.block_v, padded(self.value_dim))
-        walks = self.batch * self.value_heads * -(-self.value_dim // block)
-        length = count_span_chunks(walks, 8 * _num_multiprocessors(self.device), self.num_chunks)
-        spans = spans_of(self.pieces, length * CHUNK)
-        small = 2 * len(spans.piece) <= self.num_chunks and self._num_walkers(len(spans.piece)) <= MAX_PROGRAMS
-        return spans if small else None
+        """How pieces are cut for walks side by side, or None where they are not."""
+        return spans_for(self.x, self.pieces, self.configs)
 
     # Shapes and constants.
 
@@ -210,16 +200,18 @@ class Call:
     # Before any state.
 
     def _gate(self) -> Tensor:
-        """What kernels read of the gate: rates [HV], running sums [B, HV, T] or [B, T, HV, K], in powers of two."""
+        """What kernels read of the gate: rates [HV], or running sums in powers of two, [B, HV, T] or [B, T, HV, K]."""
         g = self.x.g
         if g is None:
             return self.q
         if self.x.gate == CONSTANT:
-            return g.float() * math.log2(math.e)
+            return g.contiguous()
         block = min(self.configs.gate_sums.block_k, padded(self.key_dim))
         vector = self.x.gate == VECTOR
         shape = (self.batch, self.value_heads, self.num_rows)
-        sums = self.scratch(self.key_dim, dtype=torch.float32) if vector else self.q.new_empty(shape, dtype=torch.float32)
+        sums = self.scratch(self.key_dim, dtype=torch.float32) if vector else self._kept_sums.view(shape)
+        if self.knows and not vector:
+            return sums
         _chunks.gate_sums_kernel[self._programs, triton.cdiv(self.key_dim, block) if vector else 1](
             g.contiguous(), sums, self.tables.cu_seqlens, self.tables.chunks, self.num_rows, self.num_chunks,
             HV=self.value_heads, K=self.key_dim, BLOCK_K=block, GATE=self.gate, **self._options(self.configs.gate_sums),
@@ -279,7 +271,7 @@ class Call:
         """Forward through the pieces. written: U or V. late: None starts late pieces from zero. h: None stores no states.
         beside: another walk shares the device."""
         t, q = self.tables, self.q
-        few = self.delta and not beside and self._num_walks(self.num_pieces) < _num_multiprocessors(self.device)
+        few = self.delta and not beside and self._num_walks(self.num_pieces) < num_multiprocessors(self.device)
         config = self.configs.few_states if few else self.configs.state
         blocks = self._state_blocks(config, self.value_dim)
         prefix, total = (q, q) if sums is None else sums
@@ -326,22 +318,36 @@ class Call:
 
     # Walks by spans.
 
-    def span_states(
-        self,
-        do: Tensor | None,
-        given: Tensor,
-        late: Tensor | None,
-        left: Tensor,
-        kept: Tensor,
-        names: tuple[str, str, str, str],
-    ) -> SpanStates:
-        """States that enter the spans forwards, of k and v, or with ``do`` backwards, of q and do. given, late: states that
-        pieces start from; left, kept: those they end with. names: the sets of pieces that have them."""
+    @property
+    def knows_spans(self) -> bool:
+        """Whether what enters the spans lies where the forward kept it."""
+        return self.knows and len(self._kept_spans) > 0
+
+    def span_room(self, *, keep: bool) -> SpanStates:
+        """Room for what enters the spans. keep: where the backward finds it, if it is kept; in the backward all but ``through``
+        is there then."""
         assert self.spans is not None, "the call has spans"
-        over, t, number = self.over(self.spans.pieces), self.tables, len(self.spans.piece)
-        over.configs = replace(self.configs, state=self.configs.added, state_grad=self.configs.added)
-        states, none, stand_in = self.states(number), self.states(0), self.scores()
-        before, through, totals = self.sums(number), self.sums(self.num_pieces), self.sums(number)
+        number = len(self.spans.piece)
+        count, size = self._num_walkers(number), self.key_dim * self.value_dim
+        room = self._kept_spans if keep else self._kept_spans[:0]
+        if not len(room):
+            room = self.q.new_empty(count * (size + 1), dtype=torch.float32)
+        states, before = room.split([count * size, count])
+        shape = (self.batch, number, self.value_heads)
+        return SpanStates(
+            states.view(*shape, self.key_dim, self.value_dim), before.view(shape), self.sums(self.num_pieces)
+        )  # fmt: skip
+
+    def fill_spans(
+        self, room: SpanStates, do: Tensor | None, given: Tensor, late: Tensor | None, left: Tensor, last: Tensor,
+        names: tuple[str, str, str, str],
+    ) -> SpanStates:  # fmt: skip
+        """``room`` with the states that enter the spans forwards, of k and v, or with ``do`` backwards, of q and do. given,
+        late: states that pieces start from; left, last: those they end with. names: the sets of pieces that have them."""
+        assert self.spans is not None, "the call has spans"
+        over, t, number = self._over_spans(), self.tables, len(self.spans.piece)
+        states, before, through = room
+        none, stand_in, totals = self.states(0), self.scores(), self.sums(number)
         sums = None if self.x.g is None else (self.sums(self.num_chunks), totals)
         if do is None:
             over.run_states(stand_in, self.v, self.q, none, None, h=None, values=self.v, emitted=states, final=none, sums=sums)
@@ -354,12 +360,41 @@ class Call:
         block = min(_FLAT_BLOCK, triton.next_power_of_2(size))
         rows = [getattr(t, name) for name in names]
         _walk.span_states_kernel[triton.cdiv(size, block), self.batch * self.num_pieces * self.value_heads](
-            states, totals, given, states if late is None else late, left, kept, before, through,
+            states, totals, given, states if late is None else late, left, last, before, through,
             self.spans.tables(self.device)[1], *rows, self.num_pieces, number, given.shape[1],
-            0 if late is None else late.shape[1], left.shape[1], kept.shape[1], HV=self.value_heads, SIZE=size, BLOCK=block,
-            GATE=self.gate, LATE=late is not None, REVERSE=do is not None, num_warps=4,
+            0 if late is None else late.shape[1], left.shape[1], last.shape[1], HV=self.value_heads, SIZE=size, BLOCK=block,
+            GATE=self.gate, LATE=late is not None, REVERSE=do is not None, num_warps=2,
         )  # fmt: skip
-        return SpanStates(states, before, through)
+        return room
+
+    def _over_spans(self) -> Call:
+        """The same call with its spans for pieces, in the launch configurations of passes over them."""
+        assert self.spans is not None, "the call has spans"
+        over = self.over(self.spans.pieces)
+        over.configs = replace(self.configs, state=self.configs.added, state_grad=self.configs.added)
+        return over
+
+    def run_states_by_spans(self, entering: SpanStates, scores: Scores, h: Tensor) -> None:
+        """h: the state before each chunk, all spans side by side."""
+        none = self.states(0)
+        self._over_spans().run_states(
+            scores, self.v, self.q, none, entering.states, h=h, values=self.v, emitted=torch.empty_like(entering.states),
+            final=none,
+        )  # fmt: skip
+
+    def run_state_grads_by_spans(
+        self, entering: SpanStates, scores: Scores, do: Tensor, dh: Tensor, suffix: Tensor | None
+    ) -> None:  # fmt: skip
+        """dh: the gradient of the state after each chunk. suffix [B, M, HV]: the gate's sums from there to its piece's end."""
+        assert self.spans is not None, "the call has spans"
+        none = self.states(0)
+        sums = None if suffix is None else (suffix, self.sums(len(self.spans.piece)))
+        self._over_spans().run_state_grads(
+            scores, self.q, do, self.q, none, entering.states, dh=dh, dvalues=self.q,
+            emitted=torch.empty_like(entering.states), dentering=none, sums=sums,
+        )  # fmt: skip
+        if suffix is not None:
+            suffix += entering.before.index_select(1, self.spans.of_chunks(self.device))
 
     def run_walk(
         self, y: Tensor, a: Tensor, b: Tensor, c: Tensor, entering: SpanStates, late: Tensor | None = None,
@@ -436,9 +471,3 @@ class Call:
             dq, dk = (d.unflatten(2, (self.heads, -1)).sum(3).to(self.q.dtype) for d in (dq, dk))
         rate = None if not self.with_dg else dg.sum((0, 1)) if self.x.gate == CONSTANT else dg
         return dq, dk, dv, rate, dbeta if self.delta else None
-
-
-@lru_cache(maxsize=64)
-def _num_multiprocessors(device: torch.device) -> int:
-    """1 in the interpreter, where nothing is gained by more programs."""
-    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1

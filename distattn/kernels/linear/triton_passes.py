@@ -18,11 +18,19 @@ class Beside:
 
     def __init__(self, device: torch.device, number: int = 0) -> None:
         self._stream = _side_stream(device, number) if device.type == "cuda" else None
-        self._device = device
+        self._device, self._marked = device, False
 
-    def __enter__(self) -> None:
+    def mark(self) -> None:
+        """The next context follows what was launched up to here, and nothing that is launched from here to there."""
         if self._stream is not None:
             self._stream.wait_stream(torch.cuda.current_stream(self._device))
+        self._marked = True
+
+    def __enter__(self) -> None:
+        if not self._marked:
+            self.mark()
+        self._marked = False
+        if self._stream is not None:
             self._context = torch.cuda.stream(self._stream)
             self._context.__enter__()
 

@@ -67,10 +67,10 @@ def store_state(p, b_state, o_k, o_v, keep, K: tl.constexpr, V: tl.constexpr):
 
 @triton.jit
 def row_gate(g, i_b, i_h, row0, num_valid, num_rows, HV: tl.constexpr, GATE: tl.constexpr):
-    """(G [CHUNK], G of the chunk's last row) of a gate a head. g: rates [HV], or running sums [B, HV, T]."""
+    """(G [CHUNK], G of the chunk's last row) of a gate a head. g: rates [HV], natural logs, or running sums [B, HV, T]."""
     o_r = tl.arange(0, CHUNK)
     if GATE == GATE_CONSTANT:
-        rate = tl.load(g + i_h)
+        rate = tl.load(g + i_h).to(tl.float32) * LOG2E
         b_G = rate * tl.minimum(o_r + 1, num_valid).to(tl.float32)
         last = rate * num_valid.to(tl.float32)
     else:

@@ -78,7 +78,7 @@ def _run(backend: LinearBackend, x: Operands, entering: Tensor, do: Tensor, dfin
     forward = backend.forward_begin(x, pieces, entering)
     forward.intra()
     o, final = forward.finish(nothing)
-    backward = backend.backward_begin(x, pieces, entering, nothing, do, dfinal)
+    backward = backend.backward_begin(x, pieces, entering, nothing, do, dfinal, forward.kept)
     backward.intra()
     gradients = backward.finish(nothing)._asdict()
     return {"o": o, "final": final, **{name: value for name, value in gradients.items() if value is not None}}

@@ -4,20 +4,31 @@ from __future__ import annotations
 
 import weakref
 from dataclasses import dataclass, field
+from functools import lru_cache
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from distattn.kernels.linear.protocol import Pieces
+from distattn.kernels.linear.protocol import SCALAR, VECTOR, Operands, Pieces
+from distattn.kernels.linear.triton_configs import LinearConfigs, padded
+
+CHUNK = 64
 
 MIN_SPAN_CHUNKS = 8
 """Below that a span's walk is not worth its state."""
 
+MAX_WALK_DIM = 128
+"""Of keys and values that a walk by spans holds whole."""
 
-def count_span_chunks(walks: int, wanted: int, num_chunks: int) -> int:
-    """Chunks of a span. walks: programs for each span; wanted: what fills the device; num_chunks: of all pieces."""
-    return max(MIN_SPAN_CHUNKS, num_chunks * walks // max(wanted, 1))
+MAX_PROGRAMS = 65_535
+"""Along the second axis of a CUDA grid, where walks have one for each piece, batch entry and value head."""
+
+MAX_ROUNDS = 4
+"""Of programs, that walks are cut for."""
+
+KEPT_SHARE = 4
+"""The forward keeps what enters its spans for the backward where that takes at most one part in so many of q, k and v."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -29,6 +40,7 @@ class Spans:
     piece: np.ndarray
     first: np.ndarray
     _tables: dict[torch.device, tuple[Tensor, Tensor]] = field(default_factory=dict, repr=False)
+    _of_chunks: dict[torch.device, Tensor] = field(default_factory=dict, repr=False)
 
     @classmethod
     def of(cls, whole: Pieces, length: int) -> Spans:
@@ -47,6 +59,60 @@ class Spans:
             piece, first = (torch.from_numpy(x.astype(np.int32)).to(device) for x in (self.piece, self.first))
             self._tables[device] = (piece, first)
         return self._tables[device]
+
+    def of_chunks(self, device: torch.device) -> Tensor:
+        """int64 [M]: each chunk's span, uploaded at the first call."""
+        if device not in self._of_chunks:
+            counts = -(-self.pieces.lengths // CHUNK)
+            self._of_chunks[device] = torch.from_numpy(np.repeat(np.arange(len(counts)), counts)).to(device)
+        return self._of_chunks[device]
+
+
+def spans_for(x: Operands, pieces: Pieces, configs: LinearConfigs) -> Spans | None:
+    """How pieces are cut for walks side by side, or None where outputs and gradients come from states of all chunks: a vector
+    of gates, the delta family, wide heads, and pieces so short that states of spans would take more memory."""
+    batch, key_dim, (heads, value_dim) = x.q.shape[0], x.q.shape[3], x.v.shape[2:]
+    if x.beta is not None or x.gate == VECTOR or max(key_dim, value_dim) > MAX_WALK_DIM:
+        return None
+    if configs.span_chunks:
+        return spans_of(pieces, configs.span_chunks * CHUNK)
+    num_chunks = int((-(-pieces.lengths // CHUNK)).sum())
+    walks = batch * heads * -(-value_dim // min(configs.walk.block_v, padded(value_dim)))
+    wanted = count_spans(walks, 2 * num_multiprocessors(x.v.device))
+    chunks = max(MIN_SPAN_CHUNKS, -(-num_chunks // wanted))
+    spans = spans_of(pieces, chunks * CHUNK)
+    number = len(spans.piece)
+    return spans if 2 * number <= num_chunks and batch * number * heads <= MAX_PROGRAMS else None
+
+
+def count_spans(walks: int, slots: int) -> int:
+    """How many spans there are to be. walks: programs for each; slots: how many the device has room for.
+
+    Every round of programs costs a beginning and an end: the fewest rounds that leave at most a tenth of the device idle.
+    """
+    for rounds in range(1, MAX_ROUNDS + 1):
+        number = rounds * slots // walks
+        if 10 * number * walks >= 9 * rounds * slots:
+            return number
+    return max(1, MAX_ROUNDS * slots // walks)
+
+
+def count_kept(x: Operands, spans: Spans | None) -> tuple[int, int]:
+    """How many numbers in fp32 the forward keeps for the backward: (what enters each span, and the gate's sums before it; a
+    gate's running sums, of a gate a row)."""
+    sums = x.v.shape[:3].numel() if x.gate == SCALAR else 0
+    if spans is None:
+        return 0, sums
+    number = x.q.shape[0] * len(spans.piece) * x.v.shape[2]
+    size = x.q.shape[3] * x.v.shape[3]
+    given = sum(t.numel() * t.element_size() for t in (x.q, x.k, x.v))
+    return number * (size + 1) if KEPT_SHARE * 4 * number * size <= given else 0, sums
+
+
+@lru_cache(maxsize=64)
+def num_multiprocessors(device: torch.device) -> int:
+    """1 in the interpreter, where nothing is gained by more programs."""
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
 
 
 _known: weakref.WeakKeyDictionary[Pieces, dict[int, Spans]] = weakref.WeakKeyDictionary()

@@ -42,15 +42,38 @@ def store_flat(b_x, states, rows, i_n, i_b, i_h, num_states, o_x, HV: tl.constex
     tl.store(states + at + o_x, b_x, mask=(o_x < SIZE) & (i_row >= 0))
 
 
-@triton.jit(do_not_specialize=["num_pieces", "num_spans", "num_given", "num_late", "num_left", "num_kept"])
+@triton.jit
+def load_four(p_x, m_x, number, step: tl.constexpr):
+    """What the next spans add, four or as many as there are."""
+    return (
+        tl.load(p_x, mask=m_x & (number > 0), other=0.0),
+        tl.load(p_x + step, mask=m_x & (number > 1), other=0.0),
+        tl.load(p_x + 2 * step, mask=m_x & (number > 2), other=0.0),
+        tl.load(p_x + 3 * step, mask=m_x & (number > 3), other=0.0),
+    )
+
+
+@triton.jit
+def enter_span(b_x, b_added, gates, states, totals, before, at, there, o_x, m_x, SIZE: tl.constexpr, GATE: tl.constexpr):
+    """Store what enters a span in place of what it adds; (what leaves it, the gate's sum to its end). there: if it exists."""
+    tl.store(states + at * SIZE + o_x, b_x, mask=m_x & there)
+    if GATE != GATE_NONE:
+        total = tl.load(totals + at, mask=there, other=0.0)
+        tl.store(before + at, gates, mask=there & (tl.program_id(0) == 0))
+        gates += total
+        b_x *= tl.exp2(total)
+    return b_x + b_added, gates
+
+
+@triton.jit(do_not_specialize=["num_pieces", "num_spans", "num_given", "num_late", "num_left", "num_last"])
 def span_states_kernel(
-    states, totals, given, late, left, kept, before, through, first_span, rows_given, rows_late, rows_left, rows_kept,
-    num_pieces, num_spans, num_given, num_late, num_left, num_kept,
+    states, totals, given, late, left, last, before, through, first_span, rows_given, rows_late, rows_left, rows_last,
+    num_pieces, num_spans, num_given, num_late, num_left, num_last,
     HV: tl.constexpr, SIZE: tl.constexpr, BLOCK: tl.constexpr, GATE: tl.constexpr, LATE: tl.constexpr, REVERSE: tl.constexpr,
 ):  # fmt: skip
     """states [B, P, HV, K·V], fp32: what each span adds becomes what enters it, in the direction of the walk.
 
-    totals [B, P, HV]: the gate's sum over each span. given, late: states that pieces start from; left, kept: those they end
+    totals [B, P, HV]: the gate's sum over each span. given, late: states that pieces start from; left, last: those they end
     with.
     before [B, P, HV], through [B, N, HV]: the gate's sums from a piece's beginning to each span, and over the piece.
     """
@@ -66,24 +89,23 @@ def span_states_kernel(
     if LATE:
         b_x = add_flat(b_x, late, rows_late, i_n, i_b, i_h, num_late, o_x, HV, SIZE)
     i_s = first + (number - 1 if REVERSE else 0)
-    step = -1 if REVERSE else 1
+    step: tl.constexpr = -HV if REVERSE else HV
     at = (i_b * num_spans + i_s) * HV + i_h
-    b_next = tl.load(states + at * SIZE + o_x, mask=m_x, other=0.0)
-    gates = 0.0
-    for i_step in range(number):
-        b_added = b_next
-        # Ahead of the store, behind which it would wait: the two never overlap.
-        b_next = tl.load(states + (at + step * HV) * SIZE + o_x, mask=m_x & (i_step + 1 < number), other=0.0)
-        tl.store(states + at * SIZE + o_x, b_x, mask=m_x)
-        if GATE != GATE_NONE:
-            total = tl.load(totals + at)
-            tl.store(before + at, gates, mask=tl.program_id(0) == 0)
-            gates += total
-            b_x *= tl.exp2(total)
-        b_x += b_added
-        at += step * HV
+    gates = tl.full([], 0.0, tl.float32)
+    p_x = states + at * SIZE + o_x
+    b_0, b_1, b_2, b_3 = load_four(p_x, m_x, number, step * SIZE)
+    for left_over in range(number, 0, -4):
+        # A group ahead: four loads are under way at once, and none waits behind a store.
+        p_x += 4 * step * SIZE
+        b_4, b_5, b_6, b_7 = load_four(p_x, m_x, left_over - 4, step * SIZE)
+        b_x, gates = enter_span(b_x, b_0, gates, states, totals, before, at, left_over > 0, o_x, m_x, SIZE, GATE)
+        b_x, gates = enter_span(b_x, b_1, gates, states, totals, before, at + step, left_over > 1, o_x, m_x, SIZE, GATE)
+        b_x, gates = enter_span(b_x, b_2, gates, states, totals, before, at + 2 * step, left_over > 2, o_x, m_x, SIZE, GATE)
+        b_x, gates = enter_span(b_x, b_3, gates, states, totals, before, at + 3 * step, left_over > 3, o_x, m_x, SIZE, GATE)
+        at += 4 * step
+        b_0, b_1, b_2, b_3 = b_4, b_5, b_6, b_7
     store_flat(b_x, left, rows_left, i_n, i_b, i_h, num_left, o_x, HV, SIZE)
-    store_flat(b_x, kept, rows_kept, i_n, i_b, i_h, num_kept, o_x, HV, SIZE)
+    store_flat(b_x, last, rows_last, i_n, i_b, i_h, num_last, o_x, HV, SIZE)
     if GATE != GATE_NONE:
         tl.store(through + (i_b * num_pieces + i_n) * HV + i_h, gates, mask=tl.program_id(0) == 0)
 
