@@ -171,16 +171,6 @@ def test_walks_through_many_spans(kind: str, gate: str, interpreter: Executor) -
     assert max(errors.values()) < 3e-5, errors
 
 
-@pytest.mark.parametrize("keep", [True, False])
-@pytest.mark.parametrize(("kind", "gate"), [("lightning", "constant"), ("simple_gla", "scalar")])
-def test_gradients_of_gates_by_spans(kind: str, gate: str, keep: bool, interpreter: Executor) -> None:
-    """States of all chunks, made span by span: pieces that start from nothing, from given states and from late ones."""
-    sets = ([330, 5, 200], [1], [0], [2], [0, 1])
-    errors = interpreter.submit(sets_errors, kind, gate, sets, span_chunks=2, keep=keep).result()
-    assert "grad dg" in errors
-    assert max(errors.values()) < 3e-5, errors
-
-
 @pytest.mark.parametrize(("kind", "gate", "span_chunks"), [("lightning", "constant", 2), ("linear", "none", 1)])
 def test_walks_that_make_again_what_the_forward_kept(kind: str, gate: str, span_chunks: int, interpreter: Executor) -> None:
     options = {"span_chunks": span_chunks, "with_dg": False, "keep": False}
@@ -197,7 +187,7 @@ def test_what_the_forward_keeps() -> None:
     assert TritonLinear(replace(configs, span_chunks=1)).num_kept(x, Pieces.whole([4096])) == 0
     assert backend.num_kept(x, Pieces.whole([64] * 64)) == 0
     scalar = make_operands("simple_gla", "scalar", 1, 4096, heads=1, value_heads=1, key_dim=64, value_dim=64)
-    assert backend.num_kept(scalar, Pieces.whole([4096])) == 4096 + 8 * (64 * 64 + 1)
+    assert backend.num_kept(scalar, Pieces.whole([4096])) == 4096
     delta = make_operands("delta", "none", 1, 4096, heads=1, value_heads=1, key_dim=64, value_dim=64)
     assert backend.num_kept(delta, Pieces.whole([4096])) == 0
     assert TorchLinear().num_kept(x, Pieces.whole([4096])) == 0

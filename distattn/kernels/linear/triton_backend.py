@@ -18,7 +18,7 @@ from distattn.kernels.linear.triton_decay import DecayBackward, DecayForward
 from distattn.kernels.linear.triton_delta import DeltaBackward, DeltaForward
 from distattn.kernels.linear.triton_self_test import broken
 from distattn.kernels.linear.triton_spans import count_kept, spans_for
-from distattn.kernels.linear.triton_walks import ChunkBackward, WalkBackward, WalkForward
+from distattn.kernels.linear.triton_walks import WalkBackward, WalkForward
 from distattn.kernels.triton_here import why_no_triton
 
 if TYPE_CHECKING:
@@ -77,9 +77,7 @@ class TritonLinear:
         given = (entering.contiguous(), late.contiguous(), dfinal.contiguous(), do.contiguous())
         if call.delta:
             return DeltaBackward(call, *given)
-        if call.spans is None:
-            return DecayBackward(call, *given)
-        return ChunkBackward(call, *given) if call.with_dg else WalkBackward(call, *given)
+        return DecayBackward(call, *given) if call.spans is None or call.with_dg else WalkBackward(call, *given)
 
     def _call(self, x: Operands, pieces: Pieces, kept: Tensor | None = None) -> Call:
         launch = importlib.import_module("distattn.kernels.linear.triton_launch")

@@ -345,7 +345,8 @@ class Call:
         """``room`` with the states that enter the spans forwards, of k and v, or with ``do`` backwards, of q and do. given,
         late: states that pieces start from; left, last: those they end with. names: the sets of pieces that have them."""
         assert self.spans is not None, "the call has spans"
-        over, t, number = self._over_spans(), self.tables, len(self.spans.piece)
+        over, t, number = self.over(self.spans.pieces), self.tables, len(self.spans.piece)
+        over.configs = replace(self.configs, state=self.configs.added, state_grad=self.configs.added)
         states, before, through = room
         none, stand_in, totals = self.states(0), self.scores(), self.sums(number)
         sums = None if self.x.g is None else (self.sums(self.num_chunks), totals)
@@ -366,35 +367,6 @@ class Call:
             GATE=self.gate, LATE=late is not None, REVERSE=do is not None, num_warps=2,
         )  # fmt: skip
         return room
-
-    def _over_spans(self) -> Call:
-        """The same call with its spans for pieces, in the launch configurations of passes over them."""
-        assert self.spans is not None, "the call has spans"
-        over = self.over(self.spans.pieces)
-        over.configs = replace(self.configs, state=self.configs.added, state_grad=self.configs.added)
-        return over
-
-    def run_states_by_spans(self, entering: SpanStates, scores: Scores, h: Tensor) -> None:
-        """h: the state before each chunk, all spans side by side."""
-        none = self.states(0)
-        self._over_spans().run_states(
-            scores, self.v, self.q, none, entering.states, h=h, values=self.v, emitted=torch.empty_like(entering.states),
-            final=none,
-        )  # fmt: skip
-
-    def run_state_grads_by_spans(
-        self, entering: SpanStates, scores: Scores, do: Tensor, dh: Tensor, suffix: Tensor | None
-    ) -> None:  # fmt: skip
-        """dh: the gradient of the state after each chunk. suffix [B, M, HV]: the gate's sums from there to its piece's end."""
-        assert self.spans is not None, "the call has spans"
-        none = self.states(0)
-        sums = None if suffix is None else (suffix, self.sums(len(self.spans.piece)))
-        self._over_spans().run_state_grads(
-            scores, self.q, do, self.q, none, entering.states, dh=dh, dvalues=self.q,
-            emitted=torch.empty_like(entering.states), dentering=none, sums=sums,
-        )  # fmt: skip
-        if suffix is not None:
-            suffix += entering.before.index_select(1, self.spans.of_chunks(self.device))
 
     def run_walk(
         self, y: Tensor, a: Tensor, b: Tensor, c: Tensor, entering: SpanStates, late: Tensor | None = None,

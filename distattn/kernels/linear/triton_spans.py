@@ -40,7 +40,6 @@ class Spans:
     piece: np.ndarray
     first: np.ndarray
     _tables: dict[torch.device, tuple[Tensor, Tensor]] = field(default_factory=dict, repr=False)
-    _of_chunks: dict[torch.device, Tensor] = field(default_factory=dict, repr=False)
 
     @classmethod
     def of(cls, whole: Pieces, length: int) -> Spans:
@@ -59,13 +58,6 @@ class Spans:
             piece, first = (torch.from_numpy(x.astype(np.int32)).to(device) for x in (self.piece, self.first))
             self._tables[device] = (piece, first)
         return self._tables[device]
-
-    def of_chunks(self, device: torch.device) -> Tensor:
-        """int64 [M]: each chunk's span, uploaded at the first call."""
-        if device not in self._of_chunks:
-            counts = -(-self.pieces.lengths // CHUNK)
-            self._of_chunks[device] = torch.from_numpy(np.repeat(np.arange(len(counts)), counts)).to(device)
-        return self._of_chunks[device]
 
 
 def spans_for(x: Operands, pieces: Pieces, configs: LinearConfigs) -> Spans | None:
@@ -99,9 +91,9 @@ def count_spans(walks: int, slots: int) -> int:
 
 def count_kept(x: Operands, spans: Spans | None) -> tuple[int, int]:
     """How many numbers in fp32 the forward keeps for the backward: (what enters each span, and the gate's sums before it; a
-    gate's running sums, of a gate a row)."""
+    gate's running sums, of a gate a row). The former not under a gate a row, whose backward by walks is rare."""
     sums = x.v.shape[:3].numel() if x.gate == SCALAR else 0
-    if spans is None:
+    if spans is None or x.gate == SCALAR:
         return 0, sums
     number = x.q.shape[0] * len(spans.piece) * x.v.shape[2]
     size = x.q.shape[3] * x.v.shape[3]

@@ -5,19 +5,14 @@ backward    begin: gradients of what enters each span, from behind              
 
 What enters each span is kept for the backward, or made again. Every kernel leaves much of the device idle where it begins and
 ends: dq and dk go beside the rest. A state that crosses a border fades under a gate: ``intra`` makes the spans that it does not
-reach. The gradient of a gate needs the states of all chunks: those are made span by span then, and the rest as without spans.
+reach.
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 from torch import Tensor
 
 from distattn.kernels.linear.triton_decay import DecayBackward, DecayForward
-
-if TYPE_CHECKING:
-    from distattn.kernels.linear.triton_launch import Call, SpanStates
 
 FORWARDS = ("enter", "late", "emit", "final")
 """The sets of pieces that start from a given state or from another piece's, and that end with one for another piece or for the
@@ -39,31 +34,6 @@ class WalkForward(DecayForward):
         c.run_walk(self.o, c.q, c.k, c.v, self.spans, late, reach=reach)
 
 
-def fill_again(c: Call, room: SpanStates, entering: Tensor, late: Tensor | None) -> None:
-    """``room`` as the forward filled it, and with what came late."""
-    left, last = c.states(len(c.pieces.emit)), c.states(len(c.pieces.final))
-    c.fill_spans(room, None, entering, late, left, last, FORWARDS)
-
-
-class ChunkBackward(DecayBackward):
-    """``BackwardPass`` where somebody asks for the gradient of the gate."""
-
-    def _begin(self, entering: Tensor, late: Tensor | None, dfinal: Tensor) -> Tensor:
-        c = self.call
-        self.dh, self.h, self.scores = c.chunk_states(), c.chunk_states(), c.scores()
-        known = c.knows_spans and late is None
-        self.spans = c.span_room(keep=known)
-        with self.beside:
-            if not known:
-                fill_again(c, self.spans, entering, late)
-            c.run_states_by_spans(self.spans, self.scores, self.h)
-        dspans = c.fill_spans(c.span_room(keep=False), self.do, dfinal, None, self.emitted, self.dentering, BACKWARDS)
-        sums = c.sums(c.num_chunks) if self.emits and self.fades else None
-        c.run_state_grads_by_spans(dspans, self.scores, self.do, self.dh, sums)
-        self.suffix = c.q if sums is None else sums
-        return dspans.through
-
-
 class WalkBackward(DecayBackward):
     """``BackwardPass`` where nobody asks for the gradient of the gate."""
 
@@ -75,7 +45,8 @@ class WalkBackward(DecayBackward):
         if not c.knows_spans:
             # Memory that is taken in there comes back to that stream, which then follows everything launched before.
             with self.beside:
-                fill_again(c, self.spans, entering, late)
+                left, last = c.states(len(c.pieces.emit)), c.states(len(c.pieces.final))
+                c.fill_spans(self.spans, None, entering, late, left, last, FORWARDS)
             self._late = None  # the spans have it
             self.beside.mark()
         self.dspans = c.fill_spans(c.span_room(keep=False), self.do, dfinal, None, self.emitted, self.dentering, BACKWARDS)
