@@ -50,7 +50,7 @@ def test_times_beside_fla() -> None:
 
 def test_times_by_length() -> None:
     found = record("lengths")
-    found |= record("lengths-vector")
+    found |= record("lengths-chunks")
     times: dict[str, dict[int, float]] = {}
     memory = {}
     for key, cell in found.items():
