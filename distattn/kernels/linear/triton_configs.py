@@ -1,6 +1,6 @@
 """Launch configurations of the linear Triton kernels: a fixed table, so that a process compiles one variant of each kernel.
 
-Those of bf16 were measured for a vector of gates on an H100, the walks of other gates on an H200; others follow them. fp32
+Those of bf16 were measured on an H100 and an H200, walks that run beside one another together; others follow them. fp32
 keeps to four warps, one warp group for the 64 rows of a chunk: with eight, products of fp32 operands read shared memory that
 no program has, as Triton 3.6 and 3.7 compile them for Hopper.
 """
@@ -58,17 +58,19 @@ def linear_configs(dtype: torch.dtype, gate: str, delta: bool, key_dim: int, val
     wide = padded(key_dim) > 128
     vector = gate == "vector"
     # A walk through the chunks has few programs, so the decay family cuts K, which the delta family cannot.
-    walk = Launch(32, 64, 4, 3) if half and vector and not delta else Launch(64, 32, 4, 3 if half else 1)
+    walk = Launch(64, 64, 4, 3) if half and vector and not delta else Launch(64, 32, 4, 3 if half else 1)
     return LinearConfigs(
         gate_sums=Launch(64, 64, 4, 1),
         scores=Launch(128, 64, 8 if not single and (wide or vector) else 4, 1),
-        solve=Launch(64, 64, 4, 2),
+        solve=Launch(64, 64, 4, 3 if half and not vector else 2),
         state=walk,
         few_states=Launch(64, 16, 4, 4) if half and not wide else walk,
-        state_grad=replace(walk, num_stages=2) if half and delta else walk,
+        state_grad=replace(walk, num_stages=2) if half and delta and wide else walk,
         output=Launch(64, 128, 8, 2 if vector else 3) if half else Launch(32, 32, 4, 1),
         values_grad=Launch(64, 64, 4, 2) if half else Launch(32, 32, 4, 1),
-        gradient=Launch(128, 32, 8, 3) if half and not wide else Launch(128, 16, 4 if single else 8, 1),
+        gradient=Launch(128, 32 if vector or delta else 64, 8, 3)
+        if half and not wide
+        else Launch(128, 16, 4 if single else 8, 1),
         added=Launch(64, 64, 4, 3 if half else 1),
         walk=Launch(128, 64 if half else 32, 4, 2 if half else 1),
     )
