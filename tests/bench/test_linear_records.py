@@ -36,7 +36,7 @@ def median(cell: dict[str, Any], engine: str, direction: str = "train") -> float
 
 def test_times_beside_fla() -> None:
     found = {}
-    for name in ("kernels", "kernels-decay", "kernels-delta", "kernels-constant"):
+    for name in ("kernels", "kernels-kda", "kernels-chunks", "kernels-constant"):
         for key, cell in record(name).items():
             found[key.split("|")[1].split(" ")[0]] = cell
     table = rows("| | ours | fla |")
