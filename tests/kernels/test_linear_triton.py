@@ -16,7 +16,7 @@ import pytest
 import torch
 
 from distattn.errors import UnsupportedError
-from distattn.kernels.linear import LinearCase, Operands, Pieces, choose_linear_backend
+from distattn.kernels.linear import LinearCase, Operands, Pieces, choose_linear_backend, triton_spans
 from distattn.kernels.linear.chunked import TorchLinear
 from distattn.kernels.linear.triton_backend import TritonLinear
 from distattn.kernels.linear.triton_configs import linear_configs, padded
@@ -176,6 +176,26 @@ def test_walks_that_make_again_what_the_forward_kept(kind: str, gate: str, span_
     options = {"span_chunks": span_chunks, "with_dg": False, "keep": False}
     errors = interpreter.submit(sets_errors, kind, gate, SETS["ends, whole, begins"], **options).result()
     assert max(errors.values()) < 3e-5, errors
+
+
+def test_lengths_of_spans(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One round of programs for one document; short spans for documents that end at different times."""
+    monkeypatch.setattr(triton_spans, "num_multiprocessors", lambda _: 132)
+
+    def longest(rows: list[int], heads: int) -> int:
+        x = make_operands("linear", "none", 1, sum(rows), heads=1, value_heads=heads, key_dim=2, value_dim=2)
+        spans = triton_spans.spans_for(x, Pieces.whole(rows), linear_configs(torch.bfloat16, "none", False, 128, 128))
+        assert spans is not None
+        assert spans.pieces.num_rows == sum(rows)
+        return int(spans.pieces.lengths.max())
+
+    assert longest([8192], 32) == 1024  # 8 spans for each of 32 heads: 256 programs, and 264 have room
+    assert longest([16384], 32) == 2048
+    assert longest([8192, 8192], 32) == 2048
+    assert longest([9000, 4000, 3384], 32) == 704
+    assert longest([16384], 100) == 3328  # two programs a head leave a quarter idle, five in two rounds a twentieth
+    assert triton_spans.span_counts(300, 264) == [3]
+    assert triton_spans.span_counts(2000, 264) == [1]
 
 
 def test_what_the_forward_keeps() -> None:

@@ -70,23 +70,25 @@ def spans_for(x: Operands, pieces: Pieces, configs: LinearConfigs) -> Spans | No
         return spans_of(pieces, configs.span_chunks * CHUNK)
     num_chunks = int((-(-pieces.lengths // CHUNK)).sum())
     walks = batch * heads * -(-value_dim // min(configs.walk.block_v, padded(value_dim)))
-    wanted = count_spans(walks, 2 * num_multiprocessors(x.v.device))
-    chunks = max(MIN_SPAN_CHUNKS, -(-num_chunks // wanted))
-    spans = spans_of(pieces, chunks * CHUNK)
+
+    def cut(wanted: int) -> Spans:
+        return spans_of(pieces, max(MIN_SPAN_CHUNKS, -(-num_chunks // wanted)) * CHUNK)
+
+    # Where ends of pieces make more of them than wanted, another round begins: the shorter its spans, the less of it is idle.
+    *fewer, most = span_counts(walks, 2 * num_multiprocessors(x.v.device))
+    spans = next((cut(wanted) for wanted in fewer if len(cut(wanted).piece) <= wanted), cut(most))
     number = len(spans.piece)
     return spans if 2 * number <= num_chunks and batch * number * heads <= MAX_PROGRAMS else None
 
 
-def count_spans(walks: int, slots: int) -> int:
-    """How many spans there are to be. walks: programs for each; slots: how many the device has room for.
+def span_counts(walks: int, slots: int) -> list[int]:
+    """How many spans there may be, ascending. walks: programs for each; slots: how many the device has room for.
 
-    Every round of programs costs a beginning and an end: the fewest rounds that leave at most a tenth of the device idle.
+    Every round of programs costs a beginning and an end: the fewer the better, if they leave at most a tenth of it idle.
     """
-    for rounds in range(1, MAX_ROUNDS + 1):
-        number = rounds * slots // walks
-        if 10 * number * walks >= 9 * rounds * slots:
-            return number
-    return max(1, MAX_ROUNDS * slots // walks)
+    counts = [rounds * slots // walks for rounds in range(1, MAX_ROUNDS + 1)]
+    full = [number for rounds, number in enumerate(counts, 1) if 10 * number * walks >= 9 * rounds * slots]
+    return [*full, max(1, counts[-1])]
 
 
 def count_kept(x: Operands, spans: Spans | None) -> tuple[int, int]:
