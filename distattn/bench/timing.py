@@ -23,7 +23,8 @@ def median_ms(call: Callable[[], object], seconds: float, device: str, *, warm_u
     """Two warm-ups or more, then at least three repeats and ``seconds`` long; the median in milliseconds.
 
     warm_up_seconds: the least that the warm-ups take, for a device whose clocks have fallen while something was compiled.
-    On a GPU three repeats are in its queue at once, so that it does not wait for the host between them.
+    On a GPU three repeats are queued one after another without a pause of the device before them: of a call that the host takes
+    longer to queue than the device to compute, this is the host's time, and otherwise the device's.
     """
     begin = time.perf_counter()
     warm_ups = 0

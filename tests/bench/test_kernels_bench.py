@@ -186,6 +186,42 @@ def test_warm_ups_last_as_long_as_they_are_to() -> None:
     assert len(calls) > timing.WARM_UPS + timing.MIN_REPEATS
 
 
+class _Device:
+    """Milliseconds at which a host and a device are done: a call takes the host some to queue, the device some to compute."""
+
+    host = device = 0.0
+
+    def call(self, host: float, device: float) -> None:
+        self.host += host
+        self.device = max(self.device, self.host) + device
+
+    def synchronize(self) -> None:
+        self.host = max(self.host, self.device)
+
+    def event(self, enable_timing: bool) -> _Event:
+        return _Event(self)
+
+
+class _Event:
+    def __init__(self, device: _Device) -> None:
+        self.device, self.at = device, 0.0
+
+    def record(self) -> None:
+        self.at = self.device.device = max(self.device.device, self.device.host)
+
+    def elapsed_time(self, later: _Event) -> float:
+        return later.at - self.at
+
+
+@pytest.mark.parametrize(("host", "device"), [(3.0, 1.0), (1.0, 3.0)])
+def test_a_time_is_the_longer_of_the_hosts_and_the_devices(host: float, device: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    """docs/kernels.md, Measuring: the first of three repeats finds an idle device, and the median is another's."""
+    fake = _Device()
+    monkeypatch.setattr(torch.cuda, "Event", fake.event)
+    monkeypatch.setattr(torch.cuda, "synchronize", fake.synchronize)
+    assert timing.median_ms(lambda: fake.call(host, device), 0, "cuda") == max(host, device)
+
+
 def test_our_triton_kernels_together_are_the_faster_in_each_direction() -> None:
     times = {"triton": (2.0, 2.0), "hopper": (1.0, 4.0), "flex": (3.0, 6.0)}
     rates = {"forward_tflops": 1.0, "backward_tflops": 1.0, "wrong": False}
