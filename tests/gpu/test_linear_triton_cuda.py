@@ -109,6 +109,44 @@ def test_walks_by_spans(kind: str, gate: str) -> None:
 
 
 @pytest.mark.parametrize(("kind", "gate"), WALKED)
+def test_walks_in_one_launch(kind: str, gate: str) -> None:
+    """As kernel by kernel, and with the same bits every time: on two streams, whose counters are left as they were found, and
+    in a captured graph."""
+    x = on_gpu(make_operands(kind, gate, 1, 8192, strength=0.05, key_dim=128, value_dim=128, heads=8, value_heads=8), BF16)
+    x, pieces = x._replace(with_dg=False), Pieces.whole([5000, 3192], enter=True, final=True)
+    initial, dfinal = (random_states(1, 2, x, seed).float().cuda() for seed in (1, 2))
+    do, nothing = random_gradient(x), initial[:, :0]
+
+    def run(*, fused: bool = True) -> list[Tensor]:
+        backend = TritonLinear(fused=fused)
+        forward = backend.forward_begin(x, pieces, initial)
+        forward.intra()
+        outputs = forward.finish(nothing)
+        backward = backend.backward_begin(x, pieces, initial, nothing, do, dfinal, forward.kept)
+        backward.intra()
+        return [t for t in (*outputs, *backward.finish(nothing)) if t is not None]
+
+    first, apart = run(), run(fused=False)
+    for one, other in zip(first, apart, strict=True):
+        assert float((one.double() - other.double()).norm() / other.double().norm()) < 4e-3
+    streams = [torch.cuda.Stream() for _ in range(2)]
+    torch.cuda.synchronize()
+    results = []
+    for i in range(40):
+        with torch.cuda.stream(streams[i % 2]):
+            results.append(run())
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        results.append(run())
+    for _ in range(3):
+        graph.replay()
+    torch.cuda.synchronize()
+    for again in results:
+        assert all(torch.equal(one, other) for one, other in zip(again, first, strict=True))
+
+
+@pytest.mark.parametrize(("kind", "gate"), WALKED)
 def test_walks_that_hand_states_on(kind: str, gate: str) -> None:
     for strength in (0.002, 1.0):
         x = on_gpu(make_operands(kind, gate, 2, 2839, strength=strength, key_dim=64, value_dim=64, value_heads=4), BF16)

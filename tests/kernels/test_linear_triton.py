@@ -78,6 +78,7 @@ SETS = {
     "through": ([130], [], [0], [0], []),
     "ends": ([130], [], [0], [], [0]),
     "two chains": ([3, 66, 129, 1], [], [1, 2], [0, 2], [3]),
+    "whole": ([330, 5, 129], [0, 2], [], [], [0, 1]),
 }
 """Pieces of one rank: their lengths, and which start from initial states, are late, emit, and are final."""
 
@@ -90,6 +91,7 @@ def sets_errors(
     span_chunks: int = 0,
     with_dg: bool = True,
     keep: bool = True,
+    fused: bool = True,
 ) -> dict[str, float]:
     """In the interpreter's process: against plain torch in fp64, from random states that arrive. keep: the backward is given
     what the forward kept."""
@@ -108,7 +110,7 @@ def sets_errors(
     do = random_gradient(x)
     found, wanted = {}, {}
     exact = Operands(*(None if t is None else t.double() for t in x[:5]), x.scale, with_dg)  # pyright: ignore[reportCallIssue]
-    for backend, inputs, results in ((TritonLinear(configs, num_parts), x, found), (TorchLinear(), exact, wanted)):
+    for backend, inputs, results in ((TritonLinear(configs, num_parts, fused=fused), x, found), (TorchLinear(), exact, wanted)):
         given = {name: state.to(inputs.v.dtype) for name, state in states.items()}
         with np.errstate(all="ignore"):
             forward = backend.forward_begin(inputs, pieces, given["enter"])
@@ -163,12 +165,64 @@ def test_walks_by_spans(kind: str, gate: str, span_chunks: int, name: str, inter
     assert max(errors.values()) < 3e-5, errors
 
 
+@pytest.mark.parametrize("sets", [([330, 395], [1], [0], [1], [0]), ([330, 395], [1], [], [], [0])])
 @pytest.mark.parametrize(("kind", "gate"), [("lightning", "constant"), ("linear", "none"), ("simple_gla", "scalar")])
-def test_walks_through_many_spans(kind: str, gate: str, interpreter: Executor) -> None:
+def test_walks_through_many_spans(kind: str, gate: str, sets: tuple[list[int], ...], interpreter: Executor) -> None:
     """More than are loaded at once."""
-    sets = ([330, 395], [1], [0], [1], [0])
     errors = interpreter.submit(sets_errors, kind, gate, sets, span_chunks=1, with_dg=False).result()
     assert max(errors.values()) < 3e-5, errors
+
+
+@pytest.mark.parametrize(("kind", "gate"), [("lightning", "constant"), ("linear", "none"), ("simple_gla", "scalar")])
+def test_walks_of_whole_documents_kernel_by_kernel(kind: str, gate: str, interpreter: Executor) -> None:
+    """As where the device has no room for all programs at once."""
+    options = {"span_chunks": 1, "with_dg": False, "fused": False}
+    errors = interpreter.submit(sets_errors, kind, gate, SETS["whole"], **options).result()
+    assert max(errors.values()) < 3e-5, errors
+
+
+def passes_of(late: bool, key_dim: int, *, keep: bool = True, fused: bool = True) -> list[str]:
+    """In the interpreter's process: the classes of the passes of two documents, into whose first a state crosses, or none."""
+    x = make_operands("lightning", "constant", 1, 400, heads=1, value_heads=1, key_dim=key_dim, value_dim=64)
+    x, none, first = x._replace(with_dg=False), np.zeros(0, np.int64), np.zeros(1, np.int64)
+    configs = replace(linear_configs(x.q.dtype, "constant", False, key_dim, 64), span_chunks=2)
+    pieces = Pieces(np.array([330, 70]), none, first if late else none, none, none)
+    backend, nothing, arrived = TritonLinear(configs, fused=fused), random_states(1, 0, x, 1), random_states(1, int(late), x, 1)
+    with np.errstate(all="ignore"):
+        forward = backend.forward_begin(x, pieces, nothing)
+        kept = forward.kept if keep else None
+        backward = backend.backward_begin(x, pieces, nothing, arrived.float(), torch.zeros_like(x.v), nothing, kept)
+    return [type(forward).__name__, type(backward).__name__]
+
+
+def test_one_launch_where_no_state_crosses(interpreter: Executor) -> None:
+    """And where blocks of K and of V are as many, and the backward knows what the forward kept."""
+    assert interpreter.submit(passes_of, False, 64).result() == ["FusedForward", "FusedBackward"]
+    assert interpreter.submit(passes_of, False, 64, keep=False).result() == ["FusedForward", "WalkBackward"]
+    assert interpreter.submit(passes_of, True, 64).result() == ["WalkForward", "WalkBackward"]
+    assert interpreter.submit(passes_of, False, 32).result() == ["WalkForward", "WalkBackward"]
+    assert interpreter.submit(passes_of, False, 64, fused=False).result() == ["WalkForward", "WalkBackward"]
+
+
+def test_one_launch_needs_room_for_all_programs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a device of 132 multiprocessors: 264 programs, and 132 that meet."""
+    monkeypatch.setattr(triton_spans, "num_multiprocessors", lambda _: 132)
+    configs = linear_configs(torch.bfloat16, "none", False, 128, 128)
+
+    def fits(rows: list[int], heads: int, span_chunks: int = 0) -> bool:
+        x = make_operands("linear", "none", 1, sum(rows), heads=1, value_heads=heads, key_dim=128, value_dim=128)
+        x = x._replace(**{name: getattr(x, name).to("meta") for name in ("q", "k", "v")})
+        pieces, chosen = Pieces.whole(rows), replace(configs, span_chunks=span_chunks)
+        spans = triton_spans.spans_for(x, pieces, chosen)
+        assert spans is not None
+        return triton_spans.fits_at_once(x, pieces, spans, chosen)
+
+    assert fits([8192], 16)
+    assert fits([4096, 4096], 16)
+    assert not fits([8192], 16, span_chunks=8)  # 512 programs
+    assert fits([8192], 1, span_chunks=2)  # 128 that meet
+    assert not fits([8320], 1, span_chunks=1)  # 260
+    assert not fits([1024] * 8, 32)
 
 
 @pytest.mark.parametrize(("kind", "gate", "span_chunks"), [("lightning", "constant", 2), ("linear", "none", 1)])
@@ -221,10 +275,12 @@ def test_what_the_forward_keeps() -> None:
         ("simple_gla", "scalar", torch.float32, 1e-5),
     ],
 )
+@pytest.mark.parametrize("dims", [(20, 40), (40, 44), (17, 20)])
 def test_walks_of_grouped_heads_and_odd_dims(
-    kind: str, gate: str, dtype: torch.dtype, limit: float, interpreter: Executor
+    kind: str, gate: str, dtype: torch.dtype, limit: float, dims: tuple[int, int], interpreter: Executor
 ) -> None:
-    options = {"heads": 1, "value_heads": 2, "key_dim": 20, "value_dim": 40, "dtype": dtype, "strength": 0.1}
+    """The last two in one launch, of two blocks of columns and of one."""
+    options = {"heads": 1, "value_heads": 2, "key_dim": dims[0], "value_dim": dims[1], "dtype": dtype, "strength": 0.1}
     errors = interpreter.submit(whole_errors, kind, gate, [130, 1, 66], options, spread=True, span_chunks=1).result()
     assert "dk" in errors
     assert max(errors.values()) < limit, errors

@@ -18,7 +18,7 @@ from distattn.kernels.linear.triton_decay import DecayBackward, DecayForward
 from distattn.kernels.linear.triton_delta import DeltaBackward, DeltaForward
 from distattn.kernels.linear.triton_self_test import broken
 from distattn.kernels.linear.triton_spans import count_kept, spans_for
-from distattn.kernels.linear.triton_walks import WalkBackward, WalkForward
+from distattn.kernels.linear.triton_walks import FusedBackward, FusedForward, WalkBackward, WalkForward
 from distattn.kernels.triton_here import why_no_triton
 
 if TYPE_CHECKING:
@@ -32,13 +32,14 @@ class TritonLinear:
     """``LinearBackend`` by our Triton kernels (bf16, fp16, fp32).
 
     configs: launch configurations to use in place of the table's; num_parts: of pieces that cross borders, in the delta family,
-    in place of what fills the device. For measurements and tests.
+    in place of what fills the device; fused: walks in one launch where that can be. For measurements and tests.
     """
 
     name = "triton"
 
-    def __init__(self, configs: LinearConfigs | None = None, num_parts: int = 0) -> None:
-        self._configs, self._num_parts = configs, num_parts
+    def __init__(self, configs: LinearConfigs | None = None, num_parts: int = 0, *, fused: bool = True) -> None:
+        self._configs, self._num_parts, self._fused = configs, num_parts, fused
+        self._apart = TritonLinear(configs, num_parts, fused=False) if fused else self
 
     def why_not(self, case: LinearCase) -> str | None:
         if case.key_dim > MAX_KEY_DIM:
@@ -50,13 +51,16 @@ class TritonLinear:
         if case.dtype == torch.float32 and (case.gate == VECTOR or case.key_dim > MAX_KEY_DIM_FP32):
             # With eight warps they read shared memory that no program has; with four it is not known (triton_configs.py).
             return f"computes fp32 on cuda only for keys of up to {MAX_KEY_DIM_FP32} and without a vector of gates"
-        return broken(self, case, torch.device("cuda", torch.cuda.current_device()))
+        device = torch.device("cuda", torch.cuda.current_device())
+        walks = not case.delta and case.gate != VECTOR
+        return broken(self, case, device) or (broken(self._apart, case, device) if walks else None)
 
     def forward_begin(self, x: Operands, pieces: Pieces, entering: Tensor) -> ForwardPass:
         call, entering = self._call(x, pieces), entering.contiguous()
         if call.delta:
             return DeltaForward(call, entering)
-        return DecayForward(call, entering) if call.spans is None else WalkForward(call, entering)
+        passes = DecayForward if call.spans is None else FusedForward if call.fused else WalkForward
+        return passes(call, entering)
 
     def num_kept(self, x: Operands, pieces: Pieces) -> int:
         dims = (x.q.shape[3], x.v.shape[3])
@@ -77,8 +81,10 @@ class TritonLinear:
         given = (entering.contiguous(), late.contiguous(), dfinal.contiguous(), do.contiguous())
         if call.delta:
             return DeltaBackward(call, *given)
-        return DecayBackward(call, *given) if call.spans is None or call.with_dg else WalkBackward(call, *given)
+        walks = FusedBackward if call.fused and call.knows_spans else WalkBackward
+        passes = DecayBackward if call.spans is None or call.with_dg else walks
+        return passes(call, *given)
 
     def _call(self, x: Operands, pieces: Pieces, kept: Tensor | None = None) -> Call:
         launch = importlib.import_module("distattn.kernels.linear.triton_launch")
-        return launch.Call(x, pieces, self._configs, self._num_parts, kept)
+        return launch.Call(x, pieces, self._configs, self._num_parts, self._fused, kept)

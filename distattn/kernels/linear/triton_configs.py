@@ -30,8 +30,8 @@ class Launch:
 @dataclass(frozen=True)
 class LinearConfigs:
     """One for each kernel. Kernels that need all of K at once take it padded, whatever ``block_k`` says. few_states: of the
-    state kernel in the delta family, where it has fewer programs than the device has multiprocessors. added: of the state
-    kernels where they make what spans add. span_chunks: chunks of a span, 0: what fills the device."""
+    state kernel in the delta family, where it has fewer programs than the device has multiprocessors. added: of the kernel
+    that makes what spans add. span_chunks: chunks of a span, 0: what fills the device."""
 
     gate_sums: Launch
     scores: Launch

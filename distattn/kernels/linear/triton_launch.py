@@ -6,7 +6,6 @@ A method is one kernel; ``triton_backend.py`` says in which order they run.
 from __future__ import annotations
 
 from copy import copy
-from dataclasses import replace
 from functools import cached_property
 from typing import Any, NamedTuple
 
@@ -19,6 +18,7 @@ from torch import Tensor
 from distattn.errors import UnsupportedError
 from distattn.kernels.linear import (
     triton_chunks,
+    triton_fused,
     triton_gradient,
     triton_output,
     triton_states,
@@ -28,7 +28,17 @@ from distattn.kernels.linear import (
 from distattn.kernels.linear.protocol import CONSTANT, NONE, SCALAR, VECTOR, Operands, Pieces
 from distattn.kernels.linear.triton_configs import ALL, Launch, LinearConfigs, linear_configs, padded
 from distattn.kernels.linear.triton_parts import Parts, count_parts, parts_of
-from distattn.kernels.linear.triton_spans import CHUNK, MAX_PROGRAMS, Spans, count_kept, num_multiprocessors, spans_for
+from distattn.kernels.linear.triton_passes import counters
+from distattn.kernels.linear.triton_spans import (
+    CHUNK,
+    MAX_PROGRAMS,
+    Spans,
+    count_kept,
+    fits_at_once,
+    num_multiprocessors,
+    spans_for,
+    walk_blocks,
+)
 
 # Triton types kernels as plain functions, whose launches are no subscripts.
 _chunks: Any = triton_chunks
@@ -37,6 +47,7 @@ _transitions: Any = triton_transitions
 _output: Any = triton_output
 _gradient: Any = triton_gradient
 _walk: Any = triton_walk
+_fused: Any = triton_fused
 
 _GATES = {NONE: 0, CONSTANT: 1, SCALAR: 2, VECTOR: 3}
 
@@ -74,6 +85,9 @@ class SpanStates(NamedTuple):
     through: Tensor
 
 
+_PHASES = ("ADD", "ENTER", "WALK")
+"""Of the fused kernels."""
+
 _FLAT_BLOCK = 256
 """Of a state, for a program of ``span_states_kernel``: small enough to find room beside the walks of another stream."""
 
@@ -83,10 +97,16 @@ class Call:
     inputs, else fp32, whose products run in tf32 for fp16 inputs and in three times tf32 for fp32 ones."""
 
     def __init__(
-        self, x: Operands, pieces: Pieces, configs: LinearConfigs | None, num_parts: int = 0, kept: Tensor | None = None
+        self,
+        x: Operands,
+        pieces: Pieces,
+        configs: LinearConfigs | None,
+        num_parts: int = 0,
+        fused: bool = True,
+        kept: Tensor | None = None,
     ) -> None:
-        """num_parts: of pieces that cross borders, in the delta family; 0: what fills the device. kept: in the backward, what
-        the forward kept; None or empty: made again."""
+        """num_parts: of pieces that cross borders, in the delta family; 0: what fills the device. fused: one launch for walks
+        by spans where that can be. kept: in the backward, what the forward kept; None or empty: made again."""
         self.q, self.k, self.v = (t.contiguous() for t in (x.q, x.k, x.v))
         self.x, self.pieces, self.scale = x, pieces, float(x.scale)
         self.batch, self.num_rows, self.heads, self.key_dim = x.q.shape
@@ -99,7 +119,7 @@ class Call:
         self.beta = self.q if x.beta is None else x.beta.contiguous()
         self.compute = torch.bfloat16 if self.q.dtype == torch.bfloat16 else torch.float32
         self.configs = configs or linear_configs(self.q.dtype, x.gate, self.delta, self.key_dim, self.value_dim)
-        self.num_parts = num_parts
+        self.num_parts, self._may_fuse = num_parts, fused
         self.knows = kept is not None and len(kept) > 0
         counts = count_kept(x, self.spans)
         self.kept = kept if kept is not None and self.knows else self.q.new_empty(sum(counts), dtype=torch.float32)
@@ -345,22 +365,21 @@ class Call:
         """``room`` with the states that enter the spans forwards, of k and v, or with ``do`` backwards, of q and do. given,
         late: states that pieces start from; left, last: those they end with. names: the sets of pieces that have them."""
         assert self.spans is not None, "the call has spans"
-        over, t, number = self.over(self.spans.pieces), self.tables, len(self.spans.piece)
-        over.configs = replace(self.configs, state=self.configs.added, state_grad=self.configs.added)
+        t, number = self.tables, len(self.spans.piece)
         states, before, through = room
-        none, stand_in, totals = self.states(0), self.scores(), self.sums(number)
-        sums = None if self.x.g is None else (self.sums(self.num_chunks), totals)
-        if do is None:
-            over.run_states(stand_in, self.v, self.q, none, None, h=None, values=self.v, emitted=states, final=none, sums=sums)
-        else:
-            over.run_state_grads(
-                stand_in, self.q, do, self.q, none, None, dh=self.q, dvalues=self.q, emitted=states, dentering=none, sums=sums,
-                store=False,
-            )  # fmt: skip
+        totals, config = self.sums(number), self.configs.added
+        blocks = {"BLOCK_D": min(config.block_k, padded(self.key_dim)), "BLOCK_E": min(config.block_v, padded(self.value_dim))}
+        tiles = -(-self.key_dim // blocks["BLOCK_D"]) * -(-self.value_dim // blocks["BLOCK_E"])
+        _walk.add_kernel[tiles, self._num_walkers(number)](
+            *((self.k, self.v) if do is None else (self.q, do)), self.g, states, totals,
+            self.spans.pieces.tables(self.device, CHUNK).cu_seqlens, self.scale, self.num_rows, number, HV=self.value_heads,
+            HB=self.heads, HC=self.value_heads, D=self.key_dim, E=self.value_dim, **blocks, REVERSE=do is not None,
+            **self._common, STAGES=config.num_stages, **self._options(config),
+        )  # fmt: skip
         size = self.key_dim * self.value_dim
         block = min(_FLAT_BLOCK, triton.next_power_of_2(size))
         rows = [getattr(t, name) for name in names]
-        _walk.span_states_kernel[triton.cdiv(size, block), self.batch * self.num_pieces * self.value_heads](
+        _walk.span_states_kernel[triton.cdiv(size, block), self._num_walkers(self.num_pieces)](
             states, totals, given, states if late is None else late, left, last, before, through,
             self.spans.tables(self.device)[1], *rows, self.num_pieces, number, given.shape[1],
             0 if late is None else late.shape[1], left.shape[1], last.shape[1], HV=self.value_heads, SIZE=size, BLOCK=block,
@@ -378,13 +397,57 @@ class Call:
         config, (piece, _) = self.configs.walk, self.spans.tables(self.device)
         D, E = a.shape[-1], c.shape[-1]
         block_e = min(config.block_v, padded(E))
-        _walk.walk_kernel[triton.cdiv(E, block_e), self.batch * len(self.spans.piece) * self.value_heads](
+        _walk.walk_kernel[triton.cdiv(E, block_e), self._num_walkers(len(self.spans.piece))](
             a, b, c, self.g, entering.states, entering.states if late is None else late, entering.before, y,
             self.spans.pieces.tables(self.device, CHUNK).cu_seqlens, piece, getattr(self.tables, crossing), self.scale,
             self.num_rows, len(self.spans.piece), 0 if late is None else late.shape[1], HV=self.value_heads, HA=a.shape[2],
             HC=c.shape[2], D=D, E=E, BLOCK_D=padded(D), BLOCK_E=block_e, STRIDE_D=1 if transposed else E,
             STRIDE_E=D if transposed else 1, REVERSE=reverse, LATE=late is not None, REACH=reach, **self._common,
             **self._options(config),
+        )  # fmt: skip
+
+    # Walks by spans in one launch.
+
+    @cached_property
+    def fused(self) -> bool:
+        """Whether walks by spans are one launch a direction."""
+        fits = self.spans is not None and fits_at_once(self.x, self.pieces, self.spans, self.configs)
+        return self._may_fuse and fits
+
+    def _run_fused(self, kernel: Any, **operands: Any) -> None:
+        assert self.spans is not None, "the call has spans"
+        config, (_, num_blocks) = self.configs.walk, walk_blocks(self.x, self.configs)
+        block_k, block_v = padded(self.key_dim), padded(self.value_dim)
+        (piece, first), number = self.spans.tables(self.device), len(self.spans.piece)
+        num_walkers, totals = self._num_walkers(number), self.sums(number)
+        arrived = counters(self.device, num_walkers)
+        for phases in [(phase,) for phase in _PHASES] if self.device.type == "cpu" else [_PHASES]:
+            kernel[(num_walkers * num_blocks,)](
+                q=self.q, k=self.k, v=self.v, g=self.g, totals=totals, arrived=arrived,
+                cu_spans=self.spans.pieces.tables(self.device, CHUNK).cu_seqlens, piece_of=piece, first_span=first,
+                scale=self.scale, num_rows=self.num_rows, num_spans=number, **self.shape,
+                BLOCK_K=block_k, BLOCK_V=block_v, WIDTH_K=min(config.block_v, block_k), WIDTH_V=min(config.block_v, block_v),
+                NUM_BLOCKS=num_blocks, ADD_STAGES=self.configs.added.num_stages, **operands, **self._common,
+                **{name: name in phases for name in _PHASES}, **self._options(config),
+            )  # fmt: skip
+
+    def run_fused_forward(self, o: Tensor, entering: SpanStates, given: Tensor, final: Tensor) -> None:
+        """o [B, T, HV, V], final states from given ones, and what enters the spans."""
+        t = self.tables
+        self._run_fused(
+            _fused.fused_forward_kernel, states=entering.states, before=entering.before, given=given, final=final, o=o,
+            rows_given=t.enter, rows_final=t.final, num_given=given.shape[1], num_final=final.shape[1],
+        )  # fmt: skip
+
+    def run_fused_backward(
+        self, found: GradientBuffers, do: Tensor, entering: SpanStates, dfinal: Tensor, dgiven: Tensor
+    ) -> None:
+        """dq, dk, dv and the gradients of given states."""
+        t, room = self.tables, self.span_room(keep=False)
+        self._run_fused(
+            _fused.fused_backward_kernel, do=do, states=entering.states, dstates=room.states, before=room.before,
+            dfinal=dfinal, dgiven=dgiven, dq=found.dq, dk=found.dk, dv=found.dv, rows_given=t.enter, rows_final=t.final,
+            num_given=dgiven.shape[1], num_final=dfinal.shape[1],
         )  # fmt: skip
 
     # Outputs and gradients.

@@ -1,4 +1,4 @@
-"""What the passes of both families share: a stream beside the current one, and sets of pieces on the device."""
+"""What the passes of both families share: a stream beside the current one, sets of pieces on the device, counters."""
 
 from __future__ import annotations
 
@@ -57,3 +57,20 @@ def index_on(device: torch.device, pieces: Pieces, name: str, values: np.ndarray
     if (name, device) not in known:
         known[name, device] = torch.from_numpy(np.ascontiguousarray(values, np.int64)).to(device)
     return known[name, device]
+
+
+_counters: dict[tuple[torch.device, int], Tensor] = {}
+
+
+def counters(device: torch.device, number: int) -> Tensor:
+    """At least so many zeros, int32, for kernels that leave them zeros.
+
+    The same for all calls of a stream, which follow one another; a graph being captured has its own, since its replays may run
+    beside calls of any stream.
+    """
+    if device.type != "cuda" or torch.cuda.is_current_stream_capturing():
+        return torch.zeros(number, dtype=torch.int32, device=device)
+    key = device, torch.cuda.current_stream(device).cuda_stream
+    if key not in _counters or len(_counters[key]) < number:
+        _counters[key] = torch.zeros(max(number, 1024), dtype=torch.int32, device=device)
+    return _counters[key]

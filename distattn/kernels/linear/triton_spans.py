@@ -91,6 +91,27 @@ def span_counts(walks: int, slots: int) -> list[int]:
     return [*full, max(1, counts[-1])]
 
 
+def walk_blocks(x: Operands, configs: LinearConfigs) -> tuple[int, int]:
+    """How many blocks of columns walks have that make rows of K, and of V."""
+    dims = (padded(x.q.shape[3]), padded(x.v.shape[3]))
+    k, v = (-(-dim // min(configs.walk.block_v, dim)) for dim in dims)
+    return k, v
+
+
+def fits_at_once(x: Operands, pieces: Pieces, spans: Spans, configs: LinearConfigs) -> bool:
+    """Whether one launch walks through all spans (``triton_fused.py``): no state crosses a border, and the device has room for
+    all programs at once, and at one a multiprocessor for those that meet.
+
+    The latter alone is enough that none waits for ever: those that meet are neighbours, and devices start programs in order.
+    """
+    blocks_k, blocks_v = walk_blocks(x, configs)
+    if len(pieces.late) or len(pieces.emit) or blocks_k != blocks_v:
+        return False
+    room, walks = num_multiprocessors(x.v.device), x.v.shape[0] * x.v.shape[2] * len(spans.piece)
+    meeting = blocks_v * int(np.diff(spans.first).max(initial=0))
+    return x.v.device.type == "cpu" or (walks * blocks_v <= 2 * room and meeting <= room)
+
+
 def count_kept(x: Operands, spans: Spans | None) -> tuple[int, int]:
     """How many numbers in fp32 the forward keeps for the backward: (what enters each span, and the gate's sums before it; a
     gate's running sums, of a gate a row). The former not under a gate a row, whose backward by walks is rare."""

@@ -1,4 +1,5 @@
-"""Passes of the decay family with a gate a head, or none, over walks by spans (``triton_walk.py``).
+"""Passes of the decay family with a gate a head, or none, over walks by spans: one launch a direction (``triton_fused.py``)
+where no state crosses a border and the device has room, else (``triton_walk.py``)
 
 forward     begin: what enters each span                                        intra, finish: outputs
 backward    begin: gradients of what enters each span, from behind              intra: dq; intra, finish: dk, dv
@@ -63,3 +64,32 @@ class WalkBackward(DecayBackward):
             c.run_walk(self.found.dk, c.v, self.do, c.q, self.dspans, dleft, "emit", reach=reach, transposed=True, reverse=True)
         c.run_walk(self.found.dv, c.k, c.q, self.do, self.dspans, dleft, "emit", reach=reach, reverse=True)
         self.beside.join()
+
+
+class FusedForward(DecayForward):
+    """``ForwardPass`` where no state crosses a border: one launch."""
+
+    def _begin(self, entering: Tensor) -> Tensor:
+        self._entering = entering
+        self.spans = self.call.span_room(keep=True)
+        return self.spans.through
+
+    def _output(self, late: Tensor | None, reach: int) -> None:
+        del late, reach
+        self.call.run_fused_forward(self.o, self.spans, self._entering, self.final)
+
+
+class FusedBackward(DecayBackward):
+    """``BackwardPass`` where no state crosses a border and what enters the spans is known: one launch."""
+
+    def _begin(self, entering: Tensor, late: Tensor | None, dfinal: Tensor) -> Tensor:
+        del entering, late
+        self._dfinal, self.found = dfinal, self.call.gradient_buffers()
+        return self.found.dq
+
+    def _local(self) -> None: ...
+
+    def _gradients(self, dleft: Tensor | None, reach: int) -> None:
+        del dleft, reach
+        c = self.call
+        c.run_fused_backward(self.found, self.do, c.span_room(keep=True), self._dfinal, self.dentering)
