@@ -65,7 +65,10 @@ def test_times_by_length() -> None:
         if kind not in ("linear", "lightning", "retention"):
             assert max(short, middle, long) < 1.1 * min(short, middle, long)
     text = re.sub(r"\s+", " ", MEASURED)
-    for tokens, said in ((65536, "{:.2f} (`linear`), {:.2f} and {:.2f} times"), (1048576, "a million {:.2f}, {:.2f} and {:.2f} times")):
+    for tokens, said in (
+        (65536, "{:.2f} (`linear`), {:.2f} and {:.2f} times"),
+        (1048576, "a million {:.2f}, {:.2f} and {:.2f} times"),
+    ):
         ratios = [times[kind][8192] / times[kind][tokens] for kind in ("linear", "lightning", "retention")]
         assert said.format(*ratios) in text
 
