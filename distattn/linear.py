@@ -316,8 +316,10 @@ def _linear_attention_backward(
         grads = Gradients(torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(v), dg, dbeta, _no_states(made))
         return *grads[:3], dg, dbeta, _initial_gradient(made, initial, grads, own)
     pieces = made.pieces
-    places = np.searchsorted(made.own_documents, made.documents_of(pieces.final))
-    dleft = own.index_select(1, made.index("final", places)) if len(pieces.final) else _no_states(made)
+    dleft = _no_states(made)
+    if len(pieces.final):
+        places = np.searchsorted(made.own_documents, made.documents_of(pieces.final))
+        dleft = own.index_select(1, made.index("final", places))
     x = Operands(q, k, v, g, beta, scale, with_dg)
     running = made.backend.backward_begin(x, pieces, _entering(made, initial), late, do.to(v.dtype), dleft, kept)
     maps = _maps(made, pieces.late, running.emitted, transition, adjoint=True)
@@ -401,7 +403,7 @@ def _maps(
     """The map of each piece that hands a state on; those that nothing enters have no transition."""
     dense = made.op.name == "dense"
     row = {int(piece): i for i, piece in enumerate(made.pieces.maps)}
-    factors = transition if dense or made.op.name == "identity" else transition.exp()
+    factors = transition if dense or not row or made.op.name == "identity" else transition.exp()
     maps = {}
     for i, piece in enumerate(members.tolist()):
         through = factors[:, row[piece]] if piece in row and made.op.name != "identity" else None

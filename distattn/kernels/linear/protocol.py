@@ -17,6 +17,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import NamedTuple, Protocol
 
 import numpy as np
@@ -131,7 +132,7 @@ class Pieces:
         every, none = np.arange(len(lengths)), np.zeros(0, np.int64)
         return cls(lengths, every if enter else none, none, none, every if final else none)
 
-    @property
+    @cached_property
     def maps(self) -> np.ndarray:
         return np.intersect1d(self.late, self.emit)
 

@@ -8,6 +8,7 @@ no program has, as Triton 3.6 and 3.7 compile them for Hopper.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from functools import lru_cache
 
 import torch
 
@@ -27,7 +28,7 @@ class Launch:
     num_stages: int
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class LinearConfigs:
     """One for each kernel. Kernels that need all of K at once take it padded, whatever ``block_k`` says. few_states: of the
     state kernel in the delta family, where it has fewer programs than the device has multiprocessors. added: of the kernel
@@ -52,6 +53,7 @@ def padded(dim: int) -> int:
     return max(MIN_BLOCK, 1 << (dim - 1).bit_length())
 
 
+@lru_cache(maxsize=64)
 def linear_configs(dtype: torch.dtype, gate: str, delta: bool, key_dim: int, value_dim: int) -> LinearConfigs:
     """The table's entry for a case; blocks no wider than the padded head dimensions."""
     half, single = dtype == torch.bfloat16, dtype == torch.float32

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import weakref
 from dataclasses import dataclass, field
-from functools import lru_cache
+from functools import cached_property, lru_cache
 
 import numpy as np
 import torch
@@ -52,6 +52,11 @@ class Spans:
         every, none = np.arange(len(piece)), np.zeros(0, np.int64)
         return cls(Pieces(lengths, none, every, every, none), piece, first)
 
+    @cached_property
+    def most(self) -> int:
+        """Spans of the piece that has the most."""
+        return int(np.diff(self.first).max(initial=0))
+
     def tables(self, device: torch.device) -> tuple[Tensor, Tensor]:
         """``piece`` and ``first`` on a device, int32, uploaded at the first call."""
         if device not in self._tables:
@@ -68,6 +73,15 @@ def spans_for(x: Operands, pieces: Pieces, configs: LinearConfigs) -> Spans | No
         return None
     if configs.span_chunks:
         return spans_of(pieces, configs.span_chunks * CHUNK)
+    chosen, key = _chosen.setdefault(pieces, {}), (batch, heads, value_dim, configs, x.v.device)
+    if key not in chosen:
+        chosen[key] = _choose_spans(batch, heads, value_dim, pieces, configs, x.v.device)
+    return chosen[key]
+
+
+def _choose_spans(
+    batch: int, heads: int, value_dim: int, pieces: Pieces, configs: LinearConfigs, device: torch.device
+) -> Spans | None:
     num_chunks = int((-(-pieces.lengths // CHUNK)).sum())
     walks = batch * heads * -(-value_dim // min(configs.walk.block_v, padded(value_dim)))
 
@@ -75,7 +89,7 @@ def spans_for(x: Operands, pieces: Pieces, configs: LinearConfigs) -> Spans | No
         return spans_of(pieces, max(MIN_SPAN_CHUNKS, -(-num_chunks // wanted)) * CHUNK)
 
     # Where ends of pieces make more of them than wanted, another round begins: the shorter its spans, the less of it is idle.
-    *fewer, most = span_counts(walks, 2 * num_multiprocessors(x.v.device))
+    *fewer, most = span_counts(walks, 2 * num_multiprocessors(device))
     spans = next((cut(wanted) for wanted in fewer if len(cut(wanted).piece) <= wanted), cut(most))
     number = len(spans.piece)
     return spans if 2 * number <= num_chunks and batch * number * heads <= MAX_PROGRAMS else None
@@ -108,8 +122,7 @@ def fits_at_once(x: Operands, pieces: Pieces, spans: Spans, configs: LinearConfi
     if len(pieces.late) or len(pieces.emit) or blocks_k != blocks_v:
         return False
     room, walks = num_multiprocessors(x.v.device), x.v.shape[0] * x.v.shape[2] * len(spans.piece)
-    meeting = blocks_v * int(np.diff(spans.first).max(initial=0))
-    return x.v.device.type == "cpu" or (walks * blocks_v <= 2 * room and meeting <= room)
+    return x.v.device.type == "cpu" or (walks * blocks_v <= 2 * room and spans.most * blocks_v <= room)
 
 
 def count_kept(x: Operands, spans: Spans | None) -> tuple[int, int]:
@@ -131,6 +144,7 @@ def num_multiprocessors(device: torch.device) -> int:
 
 
 _known: weakref.WeakKeyDictionary[Pieces, dict[int, Spans]] = weakref.WeakKeyDictionary()
+_chosen: weakref.WeakKeyDictionary[Pieces, dict[tuple, Spans | None]] = weakref.WeakKeyDictionary()
 
 
 def spans_of(whole: Pieces, length: int) -> Spans:
