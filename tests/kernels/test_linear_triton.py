@@ -19,7 +19,7 @@ from distattn.errors import UnsupportedError
 from distattn.kernels.linear import LinearCase, Operands, Pieces, choose_linear_backend, triton_spans
 from distattn.kernels.linear.chunked import TorchLinear
 from distattn.kernels.linear.triton_backend import TritonLinear
-from distattn.kernels.linear.triton_configs import linear_configs, padded
+from distattn.kernels.linear.triton_configs import LinearConfigs, linear_configs, padded
 from tests.kernels.linear_cases import (
     CASES,
     NAMES,
@@ -250,6 +250,22 @@ def test_lengths_of_spans(monkeypatch: pytest.MonkeyPatch) -> None:
     assert longest([16384], 100) == 3328  # two programs a head leave a quarter idle, five in two rounds a twentieth
     assert triton_spans.span_counts(300, 264) == [3]
     assert triton_spans.span_counts(2000, 264) == [1]
+
+
+def test_spans_are_chosen_once_for_a_shape() -> None:
+    pieces, configs = Pieces.whole([8192]), linear_configs(torch.bfloat16, "none", False, 128, 128)
+
+    def chosen(heads: int, configs: LinearConfigs = configs) -> triton_spans.Spans | None:
+        x = make_operands("linear", "none", 1, 8192, heads=1, value_heads=heads, key_dim=2, value_dim=128)
+        return triton_spans.spans_for(x, pieces, configs)
+
+    first = chosen(1)
+    assert first is not None
+    assert chosen(1) is first
+    shorter = chosen(1, replace(configs, span_chunks=2))
+    assert shorter is not None
+    assert len(shorter.piece) == 64
+    assert chosen(1) is first
 
 
 def test_what_the_forward_keeps() -> None:
