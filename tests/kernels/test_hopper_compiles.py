@@ -3,12 +3,7 @@
 from __future__ import annotations
 
 import importlib
-import multiprocessing
-import os
-import subprocess
-from collections.abc import Iterator
-from concurrent.futures import Executor, ProcessPoolExecutor
-from pathlib import Path
+from concurrent.futures import Executor
 
 import pytest
 
@@ -22,15 +17,15 @@ pytestmark = pytest.mark.skipif(
 MAX_SHARED_BYTES = 232448
 
 
-def compile_for_hopper(name: str, head_dim: int, whole: bool, pack: int) -> tuple[int, str, str]:
+def compile_kernel(name: str, head_dim: int, whole: bool, pack: int) -> tuple[int, str, str]:
     """In a process of its own, without the interpreter: (bytes of shared memory, the kernel's PTX, what ptxas says).
 
     pack: query heads a program of the forward and dq.
     """
-    import triton
-    from triton.backends.compiler import GPUTarget
     from triton.experimental.gluon._runtime import GluonASTSource
     from triton.experimental.gluon.language import NVMMASharedLayout, bfloat16
+
+    from tests.kernels.hopper_compiler import compile_for_hopper
 
     kernel = getattr(importlib.import_module(f"distattn.kernels.softmax.hopper_{name}"), f"{name}_kernel")
     half, constants = hopper_backend.HALF, {"D": head_dim, "WHOLE": whole}
@@ -64,21 +59,7 @@ def compile_for_hopper(name: str, head_dim: int, whole: bool, pack: int) -> tupl
     attributes = {(i,): [["tt.divisibility", 16]] for i in aligned}
     values = {(names.index(name),): value for name, value in constants.items()}
     source = GluonASTSource(kernel, signature, values, attributes)
-    compiled = triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": 4})
-    ptxas = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "ptxas"
-    command = [ptxas, "-v", "-arch=sm_90a", "-o", os.devnull, "/dev/stdin"]
-    done = subprocess.run(command, input=compiled.asm["ptx"], capture_output=True, text=True, check=True)
-    return compiled.metadata.shared, compiled.asm["ptx"], done.stderr
-
-
-@pytest.fixture(scope="module")
-def compiler(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Executor]:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.delenv("TRITON_INTERPRET", raising=False)
-        patch.setenv("TRITON_CACHE_DIR", str(tmp_path_factory.mktemp("triton")))
-        with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as executor:
-            executor.submit(os.getpid).result()
-            yield executor
+    return compile_for_hopper(source, {"num_warps": 4})
 
 
 @pytest.mark.parametrize(
@@ -94,7 +75,7 @@ def compiler(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Executor]:
     ],
 )
 def test_the_kernels_fit_and_overlap(name: str, head_dim: int, whole: bool, pack: int, compiler: Executor) -> None:
-    shared, ptx, said = compiler.submit(compile_for_hopper, name, head_dim, whole, pack).result()
+    shared, ptx, said = compiler.submit(compile_kernel, name, head_dim, whole, pack).result()
     assert 0 < shared <= MAX_SHARED_BYTES
     assert "registers" in said
     assert "serialized" not in said

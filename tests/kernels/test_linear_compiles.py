@@ -4,13 +4,8 @@ they are tested, takes what Triton's compiler refuses, and runs them as three.""
 from __future__ import annotations
 
 import importlib
-import multiprocessing
-import os
 import re
-import subprocess
-from collections.abc import Iterator
-from concurrent.futures import Executor, ProcessPoolExecutor
-from pathlib import Path
+from concurrent.futures import Executor
 
 import pytest
 import torch
@@ -30,12 +25,12 @@ BF16 = ("q", "k", "v", "do", "o", "dq", "dk", "dv")
 INT32 = ("arrived", "cu_spans", "piece_of", "first_span", "rows_given", "rows_final")
 
 
-def compile_for_hopper(name: str, gate: str) -> tuple[int, str]:
+def compile_kernel(name: str, gate: str) -> tuple[int, str]:
     """In a process of its own, without the interpreter: (bytes of shared memory, what ptxas says)."""
-    import triton
     import triton.language as tl
-    from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
+
+    from tests.kernels.hopper_compiler import compile_for_hopper
 
     kernel = getattr(importlib.import_module("distattn.kernels.linear.triton_fused"), name)
     configs = linear_configs(torch.bfloat16, gate, False, 128, 128)
@@ -58,21 +53,8 @@ def compile_for_hopper(name: str, gate: str) -> tuple[int, str]:
     attributes = {(i,): [["tt.divisibility", 16]] for i, argument in enumerate(signature) if signature[argument][0] == "*"}
     source = ASTSource(kernel, signature, constants, attributes)  # pyright: ignore[reportArgumentType]
     options = {"num_warps": configs.walk.num_warps, "num_stages": configs.walk.num_stages}
-    compiled = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
-    ptxas = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "ptxas"
-    command = [ptxas, "-v", "-arch=sm_90a", "-o", os.devnull, "/dev/stdin"]
-    done = subprocess.run(command, input=compiled.asm["ptx"], capture_output=True, text=True, check=True)
-    return compiled.metadata.shared, done.stderr
-
-
-@pytest.fixture(scope="module")
-def compiler(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Executor]:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.delenv("TRITON_INTERPRET", raising=False)
-        patch.setenv("TRITON_CACHE_DIR", str(tmp_path_factory.mktemp("triton")))
-        with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as executor:
-            executor.submit(os.getpid).result()
-            yield executor
+    shared, _, said = compile_for_hopper(source, options)
+    return shared, said
 
 
 @pytest.mark.parametrize(
@@ -86,7 +68,7 @@ def compiler(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Executor]:
     ],
 )
 def test_two_programs_share_a_multiprocessor(name: str, gate: str, compiler: Executor) -> None:
-    shared, said = compiler.submit(compile_for_hopper, name, gate).result()
+    shared, said = compiler.submit(compile_kernel, name, gate).result()
     assert 0 < 2 * shared <= MULTIPROCESSOR_BYTES
     assert "serialized" not in said
     spilled = re.search(r"(\d+) bytes spill stores", said)

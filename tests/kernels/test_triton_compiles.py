@@ -3,12 +3,7 @@
 from __future__ import annotations
 
 import importlib
-import multiprocessing
-import os
-import subprocess
-from collections.abc import Iterator
-from concurrent.futures import Executor, ProcessPoolExecutor
-from pathlib import Path
+from concurrent.futures import Executor
 
 import pytest
 import torch
@@ -25,14 +20,14 @@ MAX_SHARED_BYTES = 232448
 FP32 = ("acc", "m", "l", "lse", "delta", "bias", "dq", "dk", "dv", "dbias")
 
 
-def compile_for_hopper(name: str, head_dim: int, scores: int, *, plan: int, extras: bool) -> tuple[int, str]:
+def compile_kernel(name: str, head_dim: int, scores: int, *, plan: int, extras: bool) -> tuple[int, str]:
     """In a process of its own, without the interpreter: (bytes of shared memory, what ptxas says).
 
     plan: the size of the blocks of a plan that all heads follow, or 0. extras: with a bias and positions.
     """
-    import triton
-    from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
+
+    from tests.kernels.hopper_compiler import compile_for_hopper
 
     direction, prefix = "forward" if name == "forward" else "backward", "plan_" if plan else ""
     module = importlib.import_module(f"distattn.kernels.softmax.triton_{prefix}{direction}")
@@ -70,22 +65,8 @@ def compile_for_hopper(name: str, head_dim: int, scores: int, *, plan: int, extr
     attributes = {(i,): [["tt.divisibility", 16]] for i, argument in enumerate(signature) if argument in rounded}
     options = {"num_warps": config.num_warps, "num_stages": config.num_stages}
     source = ASTSource(kernel, signature, constants, attributes)  # pyright: ignore[reportArgumentType]
-    compiled = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
-    ptxas = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "ptxas"
-    command = [ptxas, "-v", "-arch=sm_90a", "-o", os.devnull, "/dev/stdin"]
-    done = subprocess.run(command, input=compiled.asm["ptx"], capture_output=True, text=True, check=True)
-    return compiled.metadata.shared, done.stderr
-
-
-@pytest.fixture(scope="module")
-def compiler(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Executor]:
-    pytest.importorskip("triton", reason="triton is not installed")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.delenv("TRITON_INTERPRET", raising=False)
-        patch.setenv("TRITON_CACHE_DIR", str(tmp_path_factory.mktemp("triton")))
-        with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as executor:
-            executor.submit(os.getpid).result()
-            yield executor
+    shared, _, said = compile_for_hopper(source, options)
+    return shared, said
 
 
 @pytest.mark.parametrize(
@@ -103,7 +84,7 @@ def compiler(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Executor]:
     ],
 )
 def test_the_table_fits_hopper(name: str, head_dim: int, scores: int, plan: int, extras: bool, compiler: Executor) -> None:
-    shared, said = compiler.submit(compile_for_hopper, name, head_dim, scores, plan=plan, extras=extras).result()
+    shared, said = compiler.submit(compile_kernel, name, head_dim, scores, plan=plan, extras=extras).result()
     assert 0 < shared <= MAX_SHARED_BYTES
     assert "registers" in said
     assert "serialized" not in said
