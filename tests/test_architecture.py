@@ -17,13 +17,14 @@ PACKAGE = ROOT / "distattn"
 # What the modules of each part may import of ours; a module's own part is always allowed.
 ALLOWED = {
     "errors": set(),
+    "bounded_store": set(),
     "bands": {"errors"},
     "mask_flex": {"errors", "bands"},
     "mask": {"errors", "bands", "mask_flex"},
     "calibration": {"errors"},
     "kernels": {"errors", "calibration"},
-    "parallel": {"errors", "bands", "calibration", "mask", "kernels"},
-    "launchers": {"errors"},
+    "parallel": {"errors", "bounded_store", "bands", "calibration", "mask", "kernels"},
+    "launchers": {"errors", "bounded_store"},
     "data": {"errors"},
     "plan_description": {"errors", "kernels", "parallel", "planning"},
     "planning": {"errors", "bands", "mask", "kernels", "parallel", "row_gather", "plan_description"},

@@ -4,6 +4,8 @@
                                         │ this rank's stacks → its log;  what it does and waits for → the store
                                         └ all answers, or some seconds later: who waits for whom → log;  exit status 86
 
+The ranks' store hangs too where the rank that is stopped hosts it or holds its file's lock: no look into it delays the end.
+
 The thread needs Python to run. A thread of faulthandler's own, which does not, writes the stacks where native code holds the
 interpreter. A process that runs nothing at all (stopped, or stuck in the kernel) is looked at from outside, by its launcher.
 """
@@ -26,6 +28,7 @@ from typing import Any
 
 import torch.distributed as dist
 
+from distattn.bounded_store import BoundedStore
 from distattn.launchers.supervise import HANG_STATUS
 
 _KEY = "distattn/hang"
@@ -59,11 +62,12 @@ class Watchdog:
         report: Callable[[str], None] | None = None,
         answer_s: float = _ANSWER_S,
     ) -> None:
-        self._hang_s, self._rank, self._world, self._store = hang_s, rank, world, store
+        self._hang_s, self._rank, self._world, self._shared = hang_s, rank, world, store
         self._waits, self._report, self._answer_s = waits, report, answer_s
         # Often enough to be punctual, seldom enough to spare the store of a large group.
         self._poll_s = min(max(hang_s / 20, 0.05), 5.0) * max(1.0, world / 64)
         self._doing, self._num_beats = "starting", 0
+        self._store: BoundedStore | None = None
         self._closed = threading.Event()
         self._thread: threading.Thread | None = None
 
@@ -74,9 +78,11 @@ class Watchdog:
 
     def __enter__(self) -> Watchdog:
         if self._hang_s > 0:
-            if self._store is not None:
+            if self._shared is not None:
                 # A connection of its own: one shared with other threads would make them wait for each other.
-                self._store = dist.PrefixStore(_KEY, self._store.clone())  # pyright: ignore[reportAttributeAccessIssue]
+                own = self._shared.clone()  # pyright: ignore[reportAttributeAccessIssue]: missing in torch's stubs
+                # A look takes no longer than the pause between two, so that time is counted right whatever the store does.
+                self._store = BoundedStore(dist.PrefixStore(_KEY, own), limit_s=self._poll_s)
             self._thread = threading.Thread(target=self._run, name="distattn-watchdog", daemon=True)
             self._thread.start()
         return self
@@ -103,7 +109,7 @@ class Watchdog:
     def _alarm_of_another(self) -> bool:
         try:
             return self._store is not None and self._store.check(["alarm"])
-        except (dist.DistError, RuntimeError):  # its host is gone: that rank's launcher will say so
+        except (dist.DistError, RuntimeError):  # its host is gone, as that rank's launcher will say, or nothing answers
             return False
 
     def _end(self, stalled: float) -> None:
@@ -113,46 +119,62 @@ class Watchdog:
         ender.start()
         faulthandler.cancel_dump_traceback_later()
         own = {"stalled": stalled, "doing": self._doing, "waits": list(self._waits()), "collective": _torch_collective()}
-        with contextlib.suppress(dist.DistError, RuntimeError):
-            if self._store is not None:
-                self._store.set(f"state/{self._rank}", json.dumps(own))
-                self._store.set("alarm", str(self._rank))
+        store = None if self._store is None else self._store.within(self._answer_s)
+        told = store is not None and self._tell(store, own)
         _write(f"distattn: rank {self._rank}: {_describe(own)}. Its stacks:\n")
         faulthandler.dump_traceback(file=2, all_threads=True)
         _write(native_stacks(os.getpid()))
-        states = self._gather(own)
-        summary = summarise(states, self._world)
+        states = {self._rank: own}
+        heard = store is not None and told and self._hear(store, states)
+        summary = summarise(states, self._world, reached=heard or store is None)
         _write(f"distattn: {summary}\n")
         if self._report is not None and self._rank == min(states):
             self._report(summary)
         os._exit(HANG_STATUS)
 
-    def _gather(self, own: dict[str, Any]) -> dict[int, dict[str, Any]]:
-        """What the ranks that answer in time say of themselves."""
-        states = {self._rank: own}
+    def _tell(self, store: BoundedStore, own: dict[str, Any]) -> bool:
+        """Whether the store took what this rank says of itself, and the alarm."""
+        try:
+            store.set(f"state/{self._rank}", json.dumps(own))
+            store.set("alarm", str(self._rank))
+        except (dist.DistError, RuntimeError):
+            return False
+        return True
+
+    def _hear(self, store: BoundedStore, states: dict[int, dict[str, Any]]) -> bool:
+        """Add what the ranks that answer in time say of themselves; False if the store did not answer."""
         deadline = time.monotonic() + self._answer_s
-        with contextlib.suppress(dist.DistError, RuntimeError):
-            while self._store is not None and len(states) < self._world and time.monotonic() < deadline:
+        try:
+            while len(states) < self._world and time.monotonic() < deadline:
                 for rank in set(range(self._world)) - states.keys():
-                    if self._store.check([f"state/{rank}"]):
-                        states[rank] = json.loads(self._store.get(f"state/{rank}"))
+                    if store.check([f"state/{rank}"]):
+                        states[rank] = json.loads(store.get(f"state/{rank}"))
                 time.sleep(0.05)
-            if self._store is not None and len(states) == self._world:
-                # The rank that hosts the store must outlive the others' last look.
-                self._store.set(f"done/{self._rank}", "")
-                while not self._store.check([f"done/{rank}" for rank in range(self._world)]):
-                    if time.monotonic() > deadline:
-                        break
+        except (dist.DistError, RuntimeError):
+            return len(states) > 1  # what was heard stands
+        if len(states) == self._world:
+            # The rank that hosts the store must outlive the others' last look.
+            with contextlib.suppress(dist.DistError, RuntimeError):
+                store.set(f"done/{self._rank}", "")
+                while not store.check([f"done/{rank}" for rank in range(self._world)]) and time.monotonic() < deadline:
                     time.sleep(0.05)
-        return states
+        return True
 
 
-def summarise(states: dict[int, dict[str, Any]], world: int) -> str:
-    """Who waits for whom: the first sentence names the ranks that the others wait for, then there is a line for each rank."""
+def summarise(states: dict[int, dict[str, Any]], world: int, *, reached: bool = True) -> str:
+    """Who waits for whom: the first sentence names the ranks that the others wait for, then there is a line for each rank.
+
+    reached: whether the store was, through which ranks answer.
+    """
     silent = [rank for rank in range(world) if rank not in states]
     idle = [rank for rank, state in sorted(states.items()) if not state["waits"] and not state["collective"]]
     longest = max(state["stalled"] for state in states.values())
-    if silent:
+    if not reached:
+        culprit = (
+            "the ranks' store, through which they tell each other, does not answer: a rank that hosts it or holds the lock of "
+            "its file is stopped, dead or out of reach"
+        )
+    elif silent:
         culprit = f"everyone waits for {_ranks(silent)}, which did not answer (stopped, dead, or out of reach)"
     elif idle and len(idle) < world:
         culprit = f"everyone waits for {_ranks(idle)}, in no transfer: {states[idle[0]]['doing']}"
@@ -161,7 +183,8 @@ def summarise(states: dict[int, dict[str, Any]], world: int) -> str:
     else:
         culprit = "every rank waits in a transfer: the network between them, or a mismatch of what they transfer"
     lines = [f"no progress for {longest:.1f} s: {culprit}"]
-    lines += [f"  rank {rank} {_describe(states[rank]) if rank in states else 'did not answer'}" for rank in range(world)]
+    absent = "did not answer" if reached else "could not be asked"
+    lines += [f"  rank {rank} {_describe(states[rank]) if rank in states else absent}" for rank in range(world)]
     return "\n".join(lines)
 
 

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import os
+import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import psutil
@@ -35,10 +38,11 @@ def write_config(folder: Path, steps: int, interval: int) -> Path:
     return path
 
 
-def wait_until(condition: Callable[[], object], what: str, timeout_s: float = TIMEOUT_S) -> None:
+def wait_until(condition: Callable[[], object], what: str | Callable[[], str], timeout_s: float = TIMEOUT_S) -> None:
+    """what: was waited for; a function is called when time is up."""
     deadline = time.monotonic() + timeout_s
     while not condition():
-        assert time.monotonic() < deadline, f"timed out: {what()}" if callable(what) else f"timed out: {what}"
+        assert time.monotonic() < deadline, f"timed out: {what() if callable(what) else what}"
         time.sleep(0.01)
 
 
@@ -68,14 +72,14 @@ class FaultyRun:
             assert self.process.poll() is None, self.text()
             return bool(done := self.steps()) and done[-1] >= step
 
-        wait_until(reached, self.text())
+        wait_until(reached, self.text)
 
     def wait_for_text(self, text: str, timeout_s: float = TIMEOUT_S) -> None:
         def said() -> bool:
             assert self.process.poll() is None or text in self.text(), self.text()
             return text in self.text()
 
-        wait_until(said, f"{text!r} in {self.text()}", timeout_s)
+        wait_until(said, lambda: f"{text!r} in {self.text()}", timeout_s)
 
     def rank(self, number: int) -> psutil.Process:
         """A rank that has become its command."""
@@ -83,6 +87,17 @@ class FaultyRun:
             if child.environ().get("RANK") == str(number):
                 return child
         raise AssertionError(f"there is no rank {number}: {self.text()}")
+
+    @contextlib.contextmanager
+    def stopped_rank(self, number: int, *, with_lock: bool) -> Iterator[None]:
+        """A rank is stopped, in the block as if it held the lock of the file in which the ranks meet, or without it."""
+        rank = self.rank(number)
+        with open(rank.environ()["DISTATTN_STORE"], "rb") as file:
+            fcntl.flock(file, fcntl.LOCK_EX)
+            rank.send_signal(signal.SIGSTOP)
+            if not with_lock:
+                fcntl.flock(file, fcntl.LOCK_UN)
+            yield
 
     def log(self, rank: int) -> str:
         return (self.run_dir.logs / f"rank-{rank}.log").read_text(errors="replace")

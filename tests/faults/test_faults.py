@@ -56,7 +56,8 @@ def quiet(config: Path, folder: Path) -> list[float]:
 
 @pytest.fixture(scope="module")
 def faulty(config: Path, disk: Path, folder: Path) -> Iterator[FaultyRun]:
-    """The run that survives: a file system that vanishes, a full disk, a stall, a stopped process, a kill."""
+    """The run that survives: a file system that vanishes, a full disk, a stall, a stopped process, one that is stopped with
+    the lock of the file in which ranks meet, a kill."""
     run = FaultyRun(
         config,
         disk / "run",
@@ -70,13 +71,14 @@ def faulty(config: Path, disk: Path, folder: Path) -> Iterator[FaultyRun]:
         vanish(run, disk)
         fill(run, disk)
         run.wait_for_text("restart 2 of 6")  # after the stall in step 30
-        run.wait_for_step(40)
-        run.rank(1).send_signal(signal.SIGSTOP)
-        stopped_at = time.monotonic()
-        run.wait_for_text("restart 3 of 6")
-        # A silent rank is given ten seconds to answer; the rest is a busy machine's.
-        assert time.monotonic() - stopped_at < 6 * HANG_S + 30, run.text()
-        run.wait_for_step(50)
+        for step, restart, with_lock in ((40, 3, False), (45, 4, True)):
+            run.wait_for_step(step)
+            with run.stopped_rank(1, with_lock=with_lock):
+                stopped_at = time.monotonic()
+                run.wait_for_text(f"restart {restart} of 6")
+                # A silent rank is given ten seconds to answer; the rest is a busy machine's.
+                assert time.monotonic() - stopped_at < 6 * HANG_S + 30, run.text()
+        run.wait_for_step(51)
         run.rank(0).kill()
         run.wait()
         yield run
@@ -122,9 +124,9 @@ def test_it_ends_with_the_losses_of_a_quiet_run(faulty: FaultyRun, quiet: list[f
 
 def test_each_failure_is_recorded_with_its_kind(faulty: FaultyRun) -> None:
     attempts = Journal(faulty.run_dir.path).attempts()
-    assert [attempt.restart for attempt in attempts] == [0, 1, 2, 3, 4]
+    assert [attempt.restart for attempt in attempts] == [0, 1, 2, 3, 4, 5]
     kinds = [attempt.failure.kind if attempt.failure else "" for attempt in attempts]
-    assert kinds[1:] == ["hang", "hang", "SIGKILL", ""]  # of the first nothing can be written on a full disk, or just
+    assert kinds[1:] == ["hang", "hang", "hang", "SIGKILL", ""]  # of the first nothing can be written on a full disk, or just
 
 
 def test_a_vanished_folder_costs_no_restart(faulty: FaultyRun) -> None:
@@ -156,6 +158,14 @@ def test_a_stopped_process_is_named_and_read_from_outside(faulty: FaultyRun) -> 
     outside = stopped.partition("rank 1 did not answer; its stacks, read from outside:")[2]
     assert re.search(r"Thread \d+", outside), stopped[-3000:]
     assert "distattn/cli/train.py" in outside
+
+
+def test_a_stopped_process_that_holds_the_lock_of_the_store_does_not_silence_the_others(faulty: FaultyRun) -> None:
+    """A rank that was stopped while it wrote to the store: what one run of CI in many met, and waited for in vain."""
+    reports = re.findall(r"no progress for [\d.]+ s: (.*)", faulty.log(0))
+    assert len(reports) == 3
+    assert reports[2].startswith("the ranks' store, through which they tell each other, does not answer")
+    assert faulty.log(1).count("rank 1 did not answer; its stacks, read from outside:") == 2
 
 
 @pytest.mark.timeout(600)

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import os
 import re
+import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +19,7 @@ import pytest
 from distattn.launchers import watchdog as module
 from distattn.launchers.supervise import HANG_STATUS
 from distattn.launchers.watchdog import Watchdog, native_stacks, summarise
+from tests.faults.frozen_store import hosting, locked
 
 
 def state(stalled: float, doing: str, *waits: str, collective: str = "") -> dict[str, Any]:
@@ -44,6 +49,17 @@ def test_a_rank_in_no_transfer_is_the_one_that_the_others_wait_for() -> None:
     assert "no host waits in a transfer" in summarise({0: state(9.0, "step 7")}, 1)
 
 
+def test_what_nobody_could_be_asked_is_not_said_of_them() -> None:
+    text = summarise({1: state(9.0, "step 7", collective="all_reduce")}, 3, reached=False)
+    assert text.splitlines() == [
+        "no progress for 9.0 s: the ranks' store, through which they tell each other, does not answer: a rank that hosts it or "
+        "holds the lock of its file is stopped, dead or out of reach",
+        "  rank 0 could not be asked",
+        "  rank 1 made no progress for 9.0 s at step 7; it waits in torch's all_reduce",
+        "  rank 2 could not be asked",
+    ]
+
+
 def run(code: str, timeout_s: float = 120.0) -> subprocess.CompletedProcess[str]:
     text = "import sys, time\nfrom distattn.launchers.watchdog import Watchdog\n" + code
     return subprocess.run([sys.executable, "-c", text], capture_output=True, text=True, timeout=timeout_s, check=False)
@@ -63,6 +79,52 @@ with Watchdog(0.5, report=lambda summary: sys.stderr.write(f"REPORT {summary}\\n
     assert re.search(r"distattn: rank 0: made no progress for \d\.\d s at step 3, forward. Its stacks:", done.stderr)
     assert "in deep_inside" in done.stderr
     assert "REPORT no progress for" in done.stderr
+
+
+HANGING = """
+import torch.distributed as dist
+store = {store}
+def report(summary):
+    sys.stderr.write("REPORT " + summary)
+with Watchdog(1.0, rank=1, world=2, store=store, report=report, answer_s=1.0) as watchdog:
+    watchdog.beat("step 3, forward")
+    print("watched", flush=True)
+    time.sleep(600)
+"""
+
+
+def assert_ends(store: str, freeze: Callable[[], contextlib.AbstractContextManager[object]]) -> None:
+    """A rank that waits ends itself although the store is frozen, and long before its last resort, an exit after a minute."""
+    text = "import sys, time\nfrom distattn.launchers.watchdog import Watchdog\n" + HANGING.format(store=store)
+    with subprocess.Popen([sys.executable, "-c", text], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        try:
+            assert process.stdout is not None
+            assert process.stdout.readline() == "watched\n"
+            with freeze():
+                _, said = process.communicate(timeout=45.0)
+        finally:
+            process.kill()
+    assert process.returncode == HANG_STATUS, said
+    assert re.search(r"distattn: rank 1: made no progress for \d\.\d s at step 3, forward. Its stacks:", said)
+    assert re.search(r"REPORT no progress for \d\.\d s: the ranks' store, through which they tell each other, does not", said)
+
+
+@pytest.mark.parametrize("operation", [fcntl.LOCK_SH, fcntl.LOCK_EX], ids=["shared", "exclusive"])
+def test_a_rank_that_is_stopped_with_the_lock_of_the_store_hangs_nobody(tmp_path: Path, operation: int) -> None:
+    """A look into a FileStore takes a lock of the file, and a stopped process keeps it. Escaped: it takes a tenth of a
+    millisecond twice a second, so that tests stopped no rank just then, until one did."""
+    assert_ends(f"dist.FileStore({str(tmp_path / 'store')!r}, 2)", lambda: locked(tmp_path / "store", operation))
+
+
+def test_a_store_whose_host_is_stopped_hangs_nobody() -> None:
+    """Escaped: every rank that tests stopped met in a file, and rank 1 at that."""
+    with hosting() as (port, host):
+
+        def freeze() -> contextlib.AbstractContextManager[object]:
+            host.send_signal(signal.SIGSTOP)
+            return contextlib.nullcontext()
+
+        assert_ends(f"dist.TCPStore('127.0.0.1', {port}, is_master=False, wait_for_workers=False)", freeze)
 
 
 def test_beats_keep_it_quiet_and_zero_turns_it_off() -> None:
