@@ -38,7 +38,15 @@ _ANSWER_S = 10.0
 _EXIT_S = 60.0
 """So long after the alarm the process ends, whatever its report is stuck in."""
 
-_NATIVE_S = 20.0
+_NATIVE_S = 20
+_MORTAL = """
+import os, signal, sys
+signal.signal(signal.SIGALRM, signal.SIG_DFL)
+signal.alarm(int(sys.argv[1]))
+os.execv(sys.argv[2], sys.argv[2:])
+"""
+"""Becomes a command that ends by itself after so many seconds."""
+
 _MARGIN_S = 10.0
 
 
@@ -197,9 +205,11 @@ def native_stacks(pid: int, *, from_outside: bool = False) -> str:
     program = str(beside) if beside.exists() else shutil.which("py-spy")
     if program is None:
         return ""
-    command = [program, "dump", "--pid", str(pid), "--nonblocking" if from_outside else "--native"]
+    look = [program, "dump", "--pid", str(pid), "--nonblocking" if from_outside else "--native"]
+    # It pauses us, and waits for a thread that is stuck in the kernel as long as that is: nobody here could end it.
+    command = [sys.executable, "-I", "-S", "-c", _MORTAL, str(_NATIVE_S), *look]
     try:
-        done = subprocess.run(command, capture_output=True, timeout=_NATIVE_S, check=False, stdin=subprocess.DEVNULL)
+        done = subprocess.run(command, capture_output=True, timeout=2 * _NATIVE_S, check=False, stdin=subprocess.DEVNULL)
     except (OSError, subprocess.SubprocessError):
         return ""
     return done.stdout.decode("utf-8", "replace") if done.returncode == 0 else ""

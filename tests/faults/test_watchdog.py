@@ -198,6 +198,38 @@ def test_a_stopped_process_is_read_from_outside() -> None:
         process.wait()
 
 
+def test_py_spy_does_not_pause_a_rank_without_end(tmp_path: Path) -> None:
+    """A thread in vfork, whose child waits for a pipe, is as deep in the kernel as one that waits for a dead disk. Escaped:
+    every hang in tests was in user code, where py-spy can stop each thread."""
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    code = f"""
+import ctypes, os, threading, time
+import distattn.launchers.watchdog as module
+module._NATIVE_S = 2
+libc, actions, pid = ctypes.CDLL(None), ctypes.create_string_buffer(1024), ctypes.c_int()
+def spawn():
+    libc.posix_spawn_file_actions_init(actions)
+    libc.posix_spawn_file_actions_addopen(actions, 0, {os.fsencode(pipe)!r}, os.O_RDONLY, 0)
+    libc.posix_spawn(ctypes.byref(pid), b"/bin/true", actions, None, (ctypes.c_char_p * 2)(b"true", None), None)
+with module.Watchdog(1.0) as watchdog:
+    watchdog.beat("step 3, forward")
+    threading.Thread(target=spawn, daemon=True).start()  # later than the watchdog's, so that this one is paused first
+    time.sleep(600)
+"""
+    said = tmp_path / "said"
+    # Into a file: the child has the same stderr, and lives longer.
+    with open(said, "wb") as stderr, subprocess.Popen([sys.executable, "-c", code], stderr=stderr) as process:
+        try:
+            status = process.wait(45.0)
+        finally:
+            process.kill()
+            with contextlib.suppress(OSError):  # the child goes on, and ends
+                os.close(os.open(pipe, os.O_WRONLY | os.O_NONBLOCK))
+    assert status == HANG_STATUS, said.read_text()
+    assert "no progress for" in said.read_text()
+
+
 def test_without_py_spy_nothing_is_added(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module.shutil, "which", lambda name: None)
     monkeypatch.setattr(module.sys, "executable", "/nowhere/python")
