@@ -1,10 +1,12 @@
 """What the ranks of a group tell each other through its store: that they plan the same, what they wait for, what went wrong.
 
-No call here waits for a peer. Notices are read by whoever waits anyway, so that one rank's mistake reaches all of them.
+No call here waits for a peer, nor for ever for a store that does not answer. Notices are read by whoever waits anyway, so that
+one rank's mistake reaches all of them.
 """
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import threading
@@ -14,11 +16,15 @@ from collections.abc import Callable
 import torch.distributed as dist
 from torch.distributed import distributed_c10d
 
+from distattn.bounded_store import BoundedStore
 from distattn.errors import AgreementError, DistattnError, TransportError
 from distattn.parallel.per_group import PerGroup
 
 _NOTICES = "distattn/notice"
 _GAVE_UP = "distattn/gave_up"
+_LOOK_S, _PLAN_S = 10.0, 60.0
+"""How long the store may take: for what can be looked at again, and for a plan call, which fails without it."""
+
 _KINDS: dict[str, type[DistattnError]] = {"agreement": AgreementError, "transport": TransportError}
 
 
@@ -29,7 +35,8 @@ class Board:
     """
 
     def __init__(self, store: dist.Store, rank: int, num_ranks: int) -> None:
-        self.store, self.rank, self.num_ranks = store, rank, num_ranks
+        self.rank, self.num_ranks = rank, num_ranks
+        self._store = BoundedStore(store, limit_s=_LOOK_S)
         self.waiting: Callable[[], str] | None = None
         self._num_plans = 0
         self._num_read = 0
@@ -39,13 +46,16 @@ class Board:
     def agree(self, inputs: str) -> None:
         """Compare one ``plan`` call's inputs with those of the rank that came first; raises AgreementError on a mismatch.
 
-        A rank that came first learns of it at its next wait or plan.
+        A rank that came first learns of it at its next wait or plan. TransportError: the store does not answer.
         """
         self.check()
         number, self._num_plans = self._num_plans, self._num_plans + 1
         digest = hashlib.blake2b(inputs.encode(), digest_size=16).hexdigest()
         mine = json.dumps([digest, self.rank, inputs])
-        first = self.store.compare_set(f"distattn/plan/{number}", "", mine).decode()
+        try:
+            first = self._store.within(_PLAN_S).compare_set(f"distattn/plan/{number}", "", mine).decode()
+        except dist.DistError as error:
+            raise TransportError(f"rank {self.rank} could not compare plan call {number} with the others' ({error})") from error
         other_digest, other_rank, other_inputs = json.loads(first)
         if other_digest != digest:
             text = (
@@ -60,14 +70,15 @@ class Board:
         """Tell all ranks of an error; a rank raises one error a topic. kind: "agreement" or "transport"."""
         with self._lock:
             self._known.add(topic)
-        number = self.store.add("distattn/num_notices", 1) - 1
-        self.store.set(f"{_NOTICES}/{number}", json.dumps([kind, topic, text]))
+        with contextlib.suppress(dist.DistError):  # the caller raises the error itself, which matters more
+            number = self._store.add("distattn/num_notices", 1) - 1
+            self._store.set(f"{_NOTICES}/{number}", json.dumps([kind, topic, text]))
 
     def check(self) -> None:
         """Raise the first error that another rank posted and this rank has not raised yet."""
         with self._lock:
-            while self._exists(f"{_NOTICES}/{self._num_read}"):
-                kind, topic, text = json.loads(self.store.get(f"{_NOTICES}/{self._num_read}"))
+            while (notice := self._read(f"{_NOTICES}/{self._num_read}")) is not None:
+                kind, topic, text = json.loads(notice)
                 self._num_read += 1
                 if topic not in self._known:
                     self._known.add(topic)
@@ -81,32 +92,33 @@ class Board:
         try:
             return self._report_wait(waiting, grace_s)
         except dist.DistError as error:
-            return f"the group's store cannot be reached, so the rank that hosts it is gone ({error})"
+            return f"the others cannot be asked ({error})"
 
     def someone_gave_up(self) -> bool:
         """Whether any rank has reported a wait: the transfer cannot be completed, so there is no use in waiting on."""
-        return self._exists(_GAVE_UP)
+        return self._read(_GAVE_UP) is not None
 
     def _report_wait(self, waiting: str, grace_s: float) -> str:
         others = [rank for rank in range(self.num_ranks) if rank != self.rank]
         keys = [f"distattn/waiting/{rank}" for rank in others]
-        self.store.set(f"distattn/waiting/{self.rank}", waiting)
-        self.store.set(_GAVE_UP, str(self.rank))
+        store = self._store
+        store.set(f"distattn/waiting/{self.rank}", waiting)
+        store.set(_GAVE_UP, str(self.rank))
         deadline = time.monotonic() + grace_s
-        while not self.store.check(keys) and time.monotonic() < deadline:
+        while not store.check(keys) and time.monotonic() < deadline:
             time.sleep(0.05)
-        missing = [rank for rank, key in zip(others, keys, strict=True) if not self.store.check([key])]
+        missing = [rank for rank, key in zip(others, keys, strict=True) if not store.check([key])]
         if missing:
             return "ranks not seen waiting: " + ", ".join(map(str, missing))
-        waits = [f"rank {rank} waits {self.store.get(key).decode()}" for rank, key in zip(others, keys, strict=True)]
+        waits = [f"rank {rank} waits {store.get(key).decode()}" for rank, key in zip(others, keys, strict=True)]
         return "every rank waits: " + "; ".join(waits)
 
-    def _exists(self, key: str) -> bool:
-        """Whether a key is set; a store that cannot be reached has nothing to say."""
+    def _read(self, key: str) -> bytes | None:
+        """The value of a key, if it is set; a store that cannot be reached has nothing to say."""
         try:
-            return self.store.check([key])
+            return self._store.get(key) if self._store.check([key]) else None
         except dist.DistError:
-            return False
+            return None
 
 
 _boards: PerGroup[Board] = PerGroup()

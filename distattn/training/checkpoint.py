@@ -101,7 +101,7 @@ class CheckpointManager:
             self.directory.mkdir(parents=True, exist_ok=True)
             _remove_leftovers(self.directory)
         # Its exchange between ranks also keeps them from writing before rank 0 has cleaned up.
-        self._ranks = CheckpointRanks(rank, world, group)
+        self._ranks = CheckpointRanks(rank, world, group, timeout_s=timeout_s)
 
     def save(self, step: int, tensors: Mapping[str, Tensor | Part], meta: Mapping[str, Any]) -> None:
         """Snapshot ``tensors`` and write them in the background as the checkpoint of ``step``.

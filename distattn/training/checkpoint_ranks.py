@@ -14,6 +14,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
+from distattn.bounded_store import BoundedStore
 from distattn.errors import CheckpointError
 
 _FIRST_PAUSE_S, _LAST_PAUSE_S = 0.005, 0.5
@@ -22,11 +23,14 @@ _FIRST_PAUSE_S, _LAST_PAUSE_S = 0.005, 0.5
 class CheckpointRanks:
     """The ranks of one checkpoint manager; one rank needs no process group."""
 
-    def __init__(self, rank: int, world: int, group: dist.ProcessGroup | None) -> None:
-        """Collective over ``group`` (None: the default group where ``world`` is more than 1)."""
+    def __init__(self, rank: int, world: int, group: dist.ProcessGroup | None, *, timeout_s: float) -> None:
+        """Collective over ``group`` (None: the default group where ``world`` is more than 1).
+
+        timeout_s: the longest that the group's store may take for a post or a look.
+        """
         self.rank, self.world = rank, world
         if world == 1:
-            self._store: dist.Store = dist.HashStore()
+            self._store: BoundedStore | dist.Store = dist.HashStore()
             return
         if not dist.is_initialized():
             raise CheckpointError(f"a checkpoint of {world} ranks needs torch.distributed: call init_process_group first")
@@ -45,7 +49,7 @@ class CheckpointRanks:
         token = int(self.gather(np.array([time.time_ns()]))[0, 0])
         # A clone has its own connection: one shared with other threads would make them wait for each other.
         store = group.get_group_store().clone()  # pyright: ignore[reportAttributeAccessIssue]: missing in torch's stubs
-        self._store = dist.PrefixStore(f"distattn/checkpoint/{token}", store)
+        self._store = BoundedStore(dist.PrefixStore(f"distattn/checkpoint/{token}", store), limit_s=timeout_s)
 
     def gather(self, row: np.ndarray) -> np.ndarray:
         """Collective: every rank's int64 [n] (n alike on all ranks), as [world, n]."""
