@@ -138,9 +138,13 @@ def test_whole_documents(kind: str, gate: str, interpreter: Executor) -> None:
     ("kind", "gate"), [("gla", "vector"), ("kda", "vector"), ("gated_delta", "scalar"), ("lightning", "constant")]
 )
 def test_strong_gates(kind: str, gate: str, interpreter: Executor) -> None:
-    """Chunks that decay by far more than fp32 spans: differences alone are exponentiated."""
+    """Chunks that decay by far more than fp32 spans: differences alone are exponentiated.
+
+    The gradient of a constant gate is the sum of 70 running sums, 0.6 of 239 in absolute values: it keeps fewer digits.
+    """
     options = {"heads": 1, "value_heads": 1, "key_dim": 16, "value_dim": 16, "dtype": torch.float32, "strength": 20.0}
     errors = interpreter.submit(whole_errors, kind, gate, [70], options).result()
+    assert errors.pop("dg") < (1e-3 if gate == "constant" else 1e-4)
     assert max(errors.values()) < 1e-4, errors
 
 

@@ -152,7 +152,8 @@ def rerun_with_lists_in_another_order(name: str) -> list[bool]:
 
 
 def rerun_with_a_program_a_head(name: str, whole: bool) -> tuple[int, list[bool]]:
-    """In the interpreter's process: (heads a program of dq, bitwise equality of results with those of a head a program)."""
+    """In the interpreter's process: (heads a program of dq, whether each result is that of a head a program, but for rounding:
+    numpy's BLAS rounds a row by how many others it is multiplied with, on some processors)."""
     table_name, shape, extras = EXTRAS_CASES[name]
     p = problem(*ALL_CASES[table_name], **shape, head_dim=16, dtype=torch.float32)
     alone, packed = replace(INTERPRETER_CONFIG, pack=1), replace(INTERPRETER_CONFIG, pack=4)
@@ -165,7 +166,8 @@ def rerun_with_a_program_a_head(name: str, whole: bool) -> tuple[int, list[bool]
         with np.errstate(all="ignore"), nan_filled():
             answers.append(answer(backend, again))
     assert chosen[0] == 1
-    return chosen[1], [torch.equal(*(getattr(x, f.name) for x in answers)) for f in fields(Result)]
+    pairs = [tuple(getattr(x, f.name) for x in answers) for f in fields(Result)]
+    return chosen[1], [torch.allclose(one, other, rtol=1e-5, atol=1e-5) for one, other in pairs]
 
 
 def gradients_of_hopper(name: str, whole: bool) -> dict[str, float]:
