@@ -1,5 +1,5 @@
 """Passes of the decay family with a gate a head, or none, over walks by spans: one launch a direction (``triton_fused.py``)
-where no state crosses a border and the device has room, else (``triton_walk.py``)
+where no state crosses a border and the device has room, else kernel by kernel (``triton_walk.py``):
 
 forward     begin: what enters each span                                        intra, finish: outputs
 backward    begin: gradients of what enters each span, from behind              intra: dq; intra, finish: dk, dv
