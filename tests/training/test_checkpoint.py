@@ -367,11 +367,13 @@ for trial in range(8):
         finally:
             os._exit(3)
     deadline = time.monotonic() + 60
-    while max(published_steps(sys.argv[1]), default=0) <= last:
-        assert time.monotonic() < deadline
-        time.sleep(0.001)
-    time.sleep(0.0037 * trial)
-    os.kill(child, signal.SIGKILL)
+    try:
+        while max(published_steps(sys.argv[1]), default=0) <= last:
+            assert time.monotonic() < deadline
+            time.sleep(0.001)
+        time.sleep(0.0037 * trial)
+    finally:
+        os.kill(child, signal.SIGKILL)
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
     target = state(0)
     restored = CheckpointManager(sys.argv[1]).load(target)
