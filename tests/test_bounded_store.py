@@ -42,19 +42,17 @@ def test_a_held_lock_ends_calls_and_what_was_in_flight_is_done_once_it_is_free(t
             with pytest.raises(dist.DistStoreError, match=r"did not answer within 0\.3 s: the process that hosts it, or"):
                 store.set("late", "not lost")
         assert time.monotonic() - started < 30.0
-    patient = BoundedStore(inner, limit_s=60.0)
-    assert patient.check(["before"])
-    assert store.get("late") == b"not lost"
+    assert store.within(60.0).get("late") == b"not lost"
 
 
 def test_a_stopped_host_ends_calls() -> None:
     with hosting() as (port, host):
         store = BoundedStore(client(port), limit_s=0.3)
-        assert store.add("counter", 1) == 1
+        assert store.within(60.0).add("counter", 1) == 1
         host.send_signal(signal.SIGSTOP)
         for _ in range(2):
             with pytest.raises(dist.DistStoreError, match="did not answer"):
                 store.check(["alarm"])
         host.kill()
         with pytest.raises(dist.DistError):  # and the call in flight ends
-            BoundedStore(store._store, limit_s=60.0).check(["alarm"])
+            store.within(60.0).check(["alarm"])

@@ -86,7 +86,7 @@ import torch.distributed as dist
 store = {store}
 def report(summary):
     sys.stderr.write("REPORT " + summary)
-with Watchdog(1.0, rank=1, world=2, store=store, report=report, answer_s=1.0) as watchdog:
+with Watchdog(3.0, rank=1, world=2, store=store, report=report, answer_s=1.0) as watchdog:
     watchdog.beat("step 3, forward")
     print("watched", flush=True)
     time.sleep(600)

@@ -16,11 +16,12 @@ from tests.faults.frozen_store import locked
 def test_a_store_that_does_not_answer_ends_a_plan_call_and_says_nothing_to_those_who_look(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    store = dist.FileStore(str(tmp_path / "store"), 2)
+    theirs = Board(store.clone(), 1, 2)  # pyright: ignore[reportAttributeAccessIssue]
+    theirs.post_notice("transport", "call 7", "rank 1 refused its input")
     monkeypatch.setattr(agreement, "_LOOK_S", 0.2)
     monkeypatch.setattr(agreement, "_PLAN_S", 0.4)
-    store = dist.FileStore(str(tmp_path / "store"), 2)
-    ours, theirs = Board(store, 0, 2), Board(store.clone(), 1, 2)  # pyright: ignore[reportAttributeAccessIssue]
-    theirs.post_notice("transport", "call 7", "rank 1 refused its input")
+    ours = Board(store, 0, 2)
     with locked(tmp_path / "store"):
         ours.check()
         assert not ours.someone_gave_up()
