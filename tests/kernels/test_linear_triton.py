@@ -5,10 +5,7 @@ The interpreter is chosen where Triton is imported, so that kernels run in a pro
 
 from __future__ import annotations
 
-import multiprocessing
-import os
-from collections.abc import Iterator
-from concurrent.futures import Executor, ProcessPoolExecutor
+from concurrent.futures import Executor
 from dataclasses import replace
 
 import numpy as np
@@ -34,19 +31,6 @@ from tests.kernels.linear_cases import (
 
 every_case = pytest.mark.parametrize(("kind", "gate"), [pytest.param(*case, id=" ".join(case)) for case in CASES])
 CPU = LinearCase("cpu", torch.float32, "scalar", False, 64, 64, 2, 2)
-
-
-@pytest.fixture(scope="module")
-def interpreter() -> Iterator[Executor]:
-    pytest.importorskip(
-        "triton", minversion="3.7", reason="triton >= 3.7 is not installed (its interpreter runs with numpy 2.4)"
-    )
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("TRITON_INTERPRET", "1")
-        patch.setenv("OMP_NUM_THREADS", "1")
-        with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as executor:
-            executor.submit(os.getpid).result()
-            yield executor
 
 
 def whole_errors(
@@ -140,11 +124,11 @@ def test_whole_documents(kind: str, gate: str, interpreter: Executor) -> None:
 def test_strong_gates(kind: str, gate: str, interpreter: Executor) -> None:
     """Chunks that decay by far more than fp32 spans: differences alone are exponentiated.
 
-    The gradient of a constant gate is the sum of 70 running sums, 0.6 of 239 in absolute values: it keeps fewer digits.
+    The gradient of a constant gate, 0.6 as a sum of 239 in absolute values, is off by 1.0e-4 by rounding alone.
     """
     options = {"heads": 1, "value_heads": 1, "key_dim": 16, "value_dim": 16, "dtype": torch.float32, "strength": 20.0}
     errors = interpreter.submit(whole_errors, kind, gate, [70], options).result()
-    assert errors.pop("dg") < (1e-3 if gate == "constant" else 1e-4)
+    assert errors.pop("dg") < (2e-4 if gate == "constant" else 1e-4)
     assert max(errors.values()) < 1e-4, errors
 
 
